@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Asymmetric multi-level distillation (arXiv 2604.22529): a Vision Transformer that sees through
-noise, blur and missing pixels. A frozen teacher sees clean images; a student that starts from its weights
-sees distorted copies and learns to give the teacher's global embedding, patch features and attention
-maps. No labels. Shapes: B images, N patches, T = 1 + registers + N tokens, D the width."""
+"""Asymmetric multi-level distillation (arXiv 2604.22529): Vision Transformers learn to see through
+noise, blur and missing pixels. A frozen teacher sees clean images; a student that starts from its
+weights sees distorted copies and learns to give the teacher's global embedding, patch features and
+attention maps. Shapes: B images, N patches, T = 1 + registers + N tokens, D the width."""
 import argparse, copy, functools, glob, hashlib, json, math, os, shlex, sys, time
 
 import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
@@ -24,50 +24,43 @@ class Block(nn.Module):  # the ModuleDicts and ParameterDicts are for the parame
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
         for name in ("ls1", "ls2") if layer_scale else ():
             self.add_module(name, nn.ParameterDict({"gamma": torch.full((dim,), 1e-5)}))
-
-    def attend(self, x, need_map):
+    def forward(self, x, need_map):
         B, T, D = x.shape
-        qkv = self.attn.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        qkv = self.attn.qkv(self.norm1(x)).view(B, T, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, D / heads]
         # The fused kernel builds no map, but takes 2 to 5 times as long for bfloat16 on a CPU.
         if need_map or (q.dtype == torch.bfloat16 and q.device.type == "cpu"):
             attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, heads, T, T]
             attn = (attn.float() if need_map else attn).softmax(-1)
-            x = attn.to(v.dtype) @ v
+            y = attn.to(v.dtype) @ v
         else:
-            x, attn = F.scaled_dot_product_attention(q, k, v), None
-        return self.attn.proj(x.transpose(1, 2).reshape(B, T, D)), attn
-
-    def forward(self, x, need_map):
-        y, attn = self.attend(self.norm1(x), need_map)
+            y, attn = F.scaled_dot_product_attention(q, k, v), None
+        y = self.attn.proj(y.transpose(1, 2).reshape(B, T, D))
         x = x + (y * self.ls1.gamma if self.layer_scale else y)
         y = self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
         return x + (y * self.ls2.gamma if self.layer_scale else y), attn
 
 class ViT(nn.Module):
-    """A pre-norm Vision Transformer (arXiv 2010.11929) whose forward pass also gives its attention.
-
-    img_size and patch_size are pixels along a side; registers (arXiv 2309.16588) and layer scale
-    (arXiv 2103.17239) are DINOv2's. Tokens are cls, registers (with no position embedding), patches
-    row by row. Raises ValueError if patch_size does not divide img_size, or num_heads embed_dim."""
+    """A pre-norm Vision Transformer (arXiv 2010.11929) that also gives its attention; img_size and
+    patch_size in pixels a side, registers (arXiv 2309.16588) and layer scale (arXiv 2103.17239) as
+    in DINOv2. Tokens: cls, registers (which have no position embedding), patches row by row. Raises
+    ValueError if patch_size does not divide img_size, or num_heads embed_dim."""
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0,
                  num_registers=0, layer_scale=False):
         super().__init__()
         if img_size % patch_size or embed_dim % num_heads:
-            raise ValueError(f"img_size {img_size} / patch {patch_size}, or {embed_dim} / {num_heads} heads, is not whole")
+            raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}, "
+                             f"embed_dim {embed_dim} of num_heads {num_heads}")
         self.img_size, self.num_registers = img_size, num_registers
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        num_patches = (img_size // patch_size) ** 2
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + num_patches, embed_dim))
         if num_registers:
-            self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, embed_dim))
+            self.register_tokens = nn.Parameter(0.02 * torch.randn(1, num_registers, embed_dim))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, patch_size)})
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, round(embed_dim * mlp_ratio),
                                           layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        for p in self.parameters():
-            if p.ndim > 1:
-                nn.init.trunc_normal_(p, std=0.02)
-
     def forward(self, images, attn_blocks=0):
         """Features of normalized images [B, 3, img_size, img_size], with the maps of the last
         attn_blocks blocks. Raises ValueError for another shape or more blocks than there are."""
@@ -89,8 +82,8 @@ class ViT(nn.Module):
 # ---- Pretrained weights --------------------------------------------------------------------------
 META = "https://dl.fbaipublicfiles.com/"
 WEIGHTS = {  # name: the publisher's file
-    **{f"dinov2_vit{s}14{r}": f"{META}dinov2/dinov2_vit{s}14/dinov2_vit{s}14{r and '_reg4'}_pretrain.pth"
-       for s in "sbl" for r in ("", "_reg")},
+    **{f"dinov2_{s}14{r}": f"{META}dinov2/dinov2_{s}14/dinov2_{s}14{r and '_reg4'}_pretrain.pth"
+       for s in ("vits", "vitb", "vitl") for r in ("", "_reg")},
     "dino_vits16": META + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
     "dino_vits8": META + "dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
     "dino_vitb16": META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
@@ -110,17 +103,15 @@ def read_file(path, load=torch.load):
         raise
 
 def load_vit(weights, img_size):
-    """The ViT of a state dict in DINO naming, for images of img_size pixels a side. weights names one
-    of WEIGHTS (downloaded once, by torch.hub) or a file; the architecture is read off it, with heads
-    64 wide; position embeddings are resized bicubically, as in DINO. Raises ValueError for unknown
-    weights, no network, another architecture and an img_size its patches do not divide."""
-    path, load = WEIGHTS.get(weights, weights), torch.load
-    if weights in WEIGHTS:
-        load = torch.hub.load_state_dict_from_url
-    elif not os.path.isfile(path):
-        raise ValueError(f"unknown weights {path!r}: no file, nor of scratch, {', '.join(WEIGHTS)}")
+    """The ViT of a state dict in DINO naming, for images of img_size pixels a side. weights is a
+    path or a name in WEIGHTS (downloaded once, by torch.hub). Its architecture is read off it, with
+    heads 64 wide; position embeddings are resized bicubically, as in DINO. Raises ValueError for
+    unknown weights, no network, another architecture, an img_size the patches do not divide."""
+    path, named = WEIGHTS.get(weights, weights), weights in WEIGHTS
+    check(named or os.path.isfile(path),
+          f"unknown weights {path}: neither a file nor one of scratch, {', '.join(WEIGHTS)}")
     try:
-        state = read_file(path, load)
+        state = read_file(path, torch.hub.load_state_dict_from_url if named else torch.load)
         state = {k: v.float() for k, v in state.get("model", state).items()
                  if not k.startswith(("mask_token", "head"))}
         dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
@@ -130,18 +121,17 @@ def load_vit(weights, img_size):
                   depth=len({k.split(".")[1] for k in state if k.startswith("blocks.")}),
                   mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim,
                   layer_scale="blocks.0.ls1.gamma" in state)
-        if grid != side:
-            new = pos[:, 1:].reshape(1, grid, grid, dim).permute(0, 3, 1, 2)
-            new = F.interpolate(new, size=(side, side), mode="bicubic").flatten(2).transpose(1, 2)
-            state["pos_embed"] = torch.cat([pos[:, :1], new], dim=1)
+        new = pos[:, 1:].reshape(1, grid, grid, dim).permute(0, 3, 1, 2)
+        new = F.interpolate(new, size=(side, side), mode="bicubic").flatten(2).transpose(1, 2)
+        state["pos_embed"] = torch.cat([pos[:, :1], new], dim=1)
         missing, unexpected = vit.load_state_dict(state, strict=False)
     except OSError as e:
         raise ValueError(f"cannot get {path} ({e}): put it into {torch.hub.get_dir()}/checkpoints "
                          "or use --weights PATH or --weights scratch") from e
     except (KeyError, AttributeError, RuntimeError) as e:  # no such key, no dict, no such shapes
         raise ValueError(f"{path} is of another architecture: {e!r}") from e
-    check(dim % 64 == 0 and not missing + unexpected, f"{path} is of another architecture: width {dim},"
-          f" missing {missing[:1]}, unexpected {unexpected[:1]}")
+    check(dim % 64 == 0 and not missing + unexpected, f"{path} is of another architecture: width "
+          f"{dim}, missing {missing[:1]}, unexpected {unexpected[:1]}")
     return vit
 
 def prepare(images, img_size):
@@ -156,11 +146,10 @@ def prepare(images, img_size):
 # ---- The distortion ------------------------------------------------------------------------------
 def distort(images, noise=0.0, blur=0.0, mask=0.0, generator=None):
     """Distorted copies of images [B, 3, H, W] in [0, 1], in the order of a camera. blur: sigma in
-    pixels of a Gaussian with 2 * ceil(2 * sigma) + 1 taps, edges reflected; noise: standard deviation
-    of additive Gaussian noise; mask: each pixel's probability of turning black, in all channels; then
-    all is clamped to [0, 1]. Each is a number, or a pair (low, high) from which every image draws its
-    own, uniformly. Random numbers come from the generator alone if one is given. Raises ValueError
-    for a severity out of range and images of another shape or type."""
+    pixels of a Gaussian of 2 * ceil(2 * sigma) + 1 taps, edges reflected; noise: standard deviation
+    of Gaussian noise; mask: each pixel's probability of turning black; then all is clamped. Each is
+    a number, or a pair (low, high) which every image draws its own from. A generator, if any, is the
+    only source of chance. Raises ValueError for severities out of range and other images."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images are {images.dtype} {list(images.shape)}, not floats [B, 3, H, W]")
     B, _, H, W = images.shape
@@ -172,7 +161,6 @@ def distort(images, noise=0.0, blur=0.0, mask=0.0, generator=None):
         if not 0 <= low <= high <= top:
             raise ValueError(f"{name} {value} is out of range: 0 to {top:g}, lower end first")
         return high, low if low == high else low + (high - low) * draw(torch.rand, B, 1, 1, 1)
-
     largest, sigma = severity("blur", blur, (min(H, W) - 1) / 2)  # reflection needs radius < side
     if largest > 0:
         radius = int(-(-2 * largest // 1))  # rounded up
@@ -221,9 +209,8 @@ class Objective(nn.Module):
         super().__init__()
         self.student, self.cfg = student, cfg
         self.teacher = [teacher]  # in a list, so as not to be trained or saved
-        if cfg.method == "supervised":
-            self.head = nn.Linear(len(student.norm.weight), num_classes)
-
+        supervised = cfg.method == "supervised"
+        self.head = nn.Linear(len(student.norm.weight), num_classes) if supervised else None
     def forward(self, distorted, clean, labels):
         cfg, maps = self.cfg, self.cfg.attn_blocks if self.cfg.method == "distill" else 0
         student = self.student(prepare(distorted, cfg.img_size), maps)
@@ -248,10 +235,8 @@ def textures(n, size, seed):
     """n images of a disc of stripes (in four directions), checks, a grid, rings, rays, waves or
     patches on a shaded ground, and these as labels."""
     rng = np.random.default_rng(seed)
-    def u(low, high, *shape):
-        return rng.uniform(low, high, (n, *(shape or (1, 1)))).astype(np.float32)
-    def stripes(angle):
-        return np.sin(k * (x * np.cos(angle) + y * np.sin(angle)) + p)
+    u = lambda low, high, *shape: np.float32(rng.uniform(low, high, (n, *(shape or (1, 1)))))
+    stripes = lambda angle: np.sin(k * (x * np.cos(angle) + y * np.sin(angle)) + p)
     labels, axis, radius = rng.permutation(n) % 10, np.float32(range(size)), u(0.28, 0.48) * size
     x, y = (a - 0.8 * radius - u(0, 1) * (size - 1.6 * radius) for a in (axis, axis[:, None]))
     distance, k, p, q = np.hypot(x, y), 6.28 / (u(0.12, 0.22) * size), u(0, 6.28), u(0, 6.28)
@@ -300,11 +285,10 @@ def decode(paths, cfg):
     return np.load(path, mmap_mode="r")
 
 def load_data(cfg, labelled):
-    """Training images and labels, test images and labels: uint8 [N, data_size, data_size, 3], int64
-    [N]; labelled leaves out STL-10's 100,000 images without one. Raises ValueError for unknown data,
-    no network, an empty folder or an unreadable image."""
+    """Training images, labels, test images, labels: uint8 [N, data_size, data_size, 3], int64 [N];
+    labelled leaves out STL-10's images without one. Raises ValueError for unusable data."""
     if cfg.data == "textures":
-        chunks = [textures(1500, cfg.data_size, seed) for seed in range(9)]
+        chunks = [textures(1000, cfg.data_size, seed) for seed in range(13)]
         splits = [[np.concatenate(part) for part in zip(*chunks[1:])], chunks[0]]
     elif cfg.data in ("cifar10", "cifar100", "stl10"):
         from torchvision import datasets
@@ -321,15 +305,15 @@ def load_data(cfg, labelled):
         val = "val" if os.path.isdir(f"{cfg.data}/val") else "test"
         files = [sorted(glob.glob(f"{glob.escape(cfg.data)}/{p}/*/*")) for p in ("train", val)]
         classes = [[path.split(os.sep)[-2] for path in paths] for paths in files]
-        check(all(files) and {*classes[1]} <= {*classes[0]}, f"{cfg.data!r} is none of textures, "
-              "cifar10, cifar100, stl10, nor a folder of train/CLASS/* and val/ or test/CLASS/*")
+        check(all(files) and {*classes[1]} <= {*classes[0]}, f"{cfg.data} is not textures, cifar10,"
+              " cifar100, stl10 or a folder of train/CLASS/* and val/CLASS/* or test/CLASS/*")
         splits = [(np.array(paths, object), np.searchsorted(sorted({*classes[0]}), names))
                   for paths, names in zip(files, classes)]
     arrays = []
     for images, labels in splits:
         keep = subset(labels, cfg.max_images or len(labels), cfg.seed)
         images = decode(images[keep].tolist(), cfg) if images.ndim == 1 else images[keep]
-        check(images.shape[1] == cfg.data_size, f"{cfg.data} has --data-size {images.shape[1]} alone")
+        check(images.shape[1] == cfg.data_size, f"{cfg.data} needs --data-size {images.shape[1]}")
         arrays += [images, labels[keep].astype(np.int64)]
     return arrays
 
@@ -347,7 +331,7 @@ def distortion_of(cfg):
 
 @torch.inference_mode()
 def embed(vit, images, cfg, distortion=None, seed=0):
-    """Global embeddings, float32 [N, D], of uint8 images after distortion(images, generator=...)."""
+    """Global embeddings, float32 [N, D], of uint8 images, distorted first if so wished."""
     generator, found = torch.Generator(cfg.device).manual_seed(seed), []
     for i in range(0, len(images), cfg.batch_size):
         x = to_float(images[i:i + cfg.batch_size], cfg.device)
@@ -365,8 +349,8 @@ def write(path, content):
     os.replace(f"{path}.part", path)
 
 def train(objective, images, labels, cfg, checkpoint=None, held_out=None):
-    """Train the objective over cfg's schedule, from the checkpoint on if there is one. With held_out
-    its figures join the log, and log, student and checkpoint are written at each epoch's end."""
+    """Train the objective over cfg's schedule, from the checkpoint on if any; with held_out,
+    which gives figures for the log, write log, student and checkpoint at each epoch's end."""
     size, per_epoch = cfg.batch_size, len(labels) // cfg.batch_size
     total = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
     warmup = round(cfg.warmup * total)
@@ -414,27 +398,25 @@ def train(objective, images, labels, cfg, checkpoint=None, held_out=None):
         if RANK or not (ends or step < start + 3 or waited > (0.3 if live else 10)):
             continue  # what follows waits for the device
         *values, bad = torch.cat([stats, bad_step[None]]).tolist()
-        check(bad == math.inf, f"loss or gradient not finite at step {bad:.0f}: try a lower --lr; the "
-              "last checkpoint is good")
+        check(bad == math.inf, f"loss or gradient not finite at step {bad:.0f}: try a lower --lr")
         times = [] if seen == start + 3 else times  # the first three steps warm up
         times.append((time.perf_counter() - clock) / (step + 1 - seen))
         row = dict(zip(("loss", *terms), values), images_per_s=size / float(np.median(times)))
         bar.update(step + 1 - bar.n)
         bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
         if ends:
-            means = dict(zip(("loss", *terms), (sums / (i + 1)).tolist()))
-            row = {"epoch": epoch + 1, "step": step + 1, "loss": 0, "global": None, "patch": None,
-                   "attn": None, **means, "lr": group["lr"], "images_per_s": row["images_per_s"],
-                   **(held_out() if held_out else {})}
+            row.update(zip(("loss", *terms), (sums / (i + 1)).tolist()))  # the epoch's means
+            figures = held_out() if held_out else {}
+            row = {"epoch": epoch + 1, "step": step + 1, "lr": group["lr"], "global": None,
+                   "patch": None, "attn": None, **row, **figures}
             log, times, sums = [*log, row], [], torch.zeros_like(sums)
         if ends or not live:
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None))
         if held_out and (ends or time.perf_counter() - saved > 120):
             write(f"{cfg.out}/student.pth", objective.student.state_dict())
             write(f"{cfg.out}/log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
-            write(f"{cfg.out}/last.pt", dict(
-                step=step + 1, total=total, log=log, sums=sums,
-                objective=objective.state_dict(), optimizer=optimizer.state_dict()))
+            write(f"{cfg.out}/last.pt", dict(step=step + 1, total=total, log=log, sums=sums,
+                  optimizer=optimizer.state_dict(), objective=objective.state_dict()))
             saved = time.perf_counter()
         seen, clock = step + 1, time.perf_counter()
     bar.close()
@@ -448,28 +430,30 @@ def number(kind, low, high=sys.float_info.max):  # an argparse type
     return parse
 
 WHOLE, COUNT, REAL = number(int, 1), number(int, 0), number(float, 0)
-OPTIONS = {  # name: type or choices, default, help
-    "data": (str, "textures", "textures, cifar10, cifar100, stl10, or a folder"),
-    "root": (str, "data", "folder for downloaded and decoded images"),
-    "max_images": (WHOLE, None, "size of a class-balanced subset to keep of either split"),
-    "weights": (str, None, "scratch (for textures), dinov2_vits14 (for the rest), or another of "
-                f"{', '.join(WEIGHTS)}, or a path"),
-    "data_size": (WHOLE, None, "pixels as distorted: 32, for stl10 96, for a folder 224"),
-    "img_size": (WHOLE, None, "pixels as the ViT sees them: 224, with scratch --data-size"),
-    "noise": (REAL, [], "standard deviation, or a range; 0.3 if nothing else distorts"),
-    "blur": (REAL, [0.0], "sigma in pixels, or a range"),
-    "mask": (REAL, [0.0], "share of pixels, or a range"),
-    "method": (("distill", "contrastive", "supervised"), "distill", "loss: the paper's or another"),
-    "loss_weights": (REAL, [1.0, 1.0, 1.0], "of the global, patch and attention term"),
-    "attn_blocks": (COUNT, 1, "last blocks whose maps are compared"),
-    "epochs": (WHOLE, None, "10, with scratch 20"), "pretrain_epochs": (WHOLE, 20, "for scratch"),
-    "max_steps": (WHOLE, None, "end the schedule here"), "batch_size": (WHOLE, 128, "in all"),
-    "lr": (number(float, 1e-12), None, "peak learning rate: 1e-4, with scratch 1e-3"),
-    "weight_decay": (REAL, 0.05, "of matrices"), "warmup": (number(float, 0, 1), 0.1, "of steps"),
-    "dtype": (("auto", "float32", "bfloat16"), "auto", "auto: bfloat16 on a GPU that has it"),
-    "compile": (("auto", "on", "off"), "auto", "auto: on a GPU, for more than 200,000 images"),
-    "device": (str, "auto", "cuda, mps or cpu"), "workers": (COUNT, 2, "to decode image files"),
-    "seed": (COUNT, 0, "of all that is random"), "out": (str, None, "runs/<data>-<distortions>")}
+OPTIONS = {  # name: type or choices, default, help with the default in brackets
+    "data": (str, "textures", "cifar10, cifar100, stl10, a folder, or drawn [textures]"),
+    "root": (str, "data", "folder for downloaded and decoded images [data]"),
+    "max_images": (WHOLE, None, "size of a class-balanced subset of either split [all]"),
+    "weights": (str, None, f"{', '.join(WEIGHTS)}, a path, or scratch: a small ViT, first trained "
+                "on clean images [textures: scratch, else dinov2_vits14]"),
+    "data_size": (WHOLE, None, "pixels as distorted [32, stl10: 96, folder: 224]"),
+    "img_size": (WHOLE, None, "pixels as the ViT sees them [224, scratch: --data-size]"),
+    "noise": (REAL, [], "standard deviation, or a range [0.3 if nothing else distorts, else 0]"),
+    "blur": (REAL, [0.0], "sigma in pixels, or a range [0]"),
+    "mask": (REAL, [0.0], "share of pixels, or a range [0]"),
+    "method": (("distill", "contrastive", "supervised"), "distill", "whose loss [distill]"),
+    "loss_weights": (REAL, [1.0, 1.0, 1.0], "of the global, patch and attention term [1 1 1]"),
+    "attn_blocks": (COUNT, 1, "last blocks whose maps are compared [1]"),
+    "epochs": (WHOLE, None, "[10, scratch: 20]"), "pretrain_epochs": (WHOLE, 20, "of scratch [20]"),
+    "max_steps": (WHOLE, None, "[no limit]"), "batch_size": (WHOLE, 128, "of all processes [128]"),
+    "lr": (number(float, 1e-12), None, "peak learning rate [1e-4, scratch: 1e-3]"),
+    "weight_decay": (REAL, 0.05, "of matrices [0.05]"),
+    "warmup": (number(float, 0, 1), 0.1, "share of the steps [0.1]"),
+    "dtype": (("auto", "float32", "bfloat16"), "auto", "[bfloat16 on a GPU that has it]"),
+    "compile": (("auto", "on", "off"), "auto", "[on a GPU for over 200,000 images]"),
+    "device": (str, "auto", "cuda, mps or cpu [the first there is]"),
+    "workers": (COUNT, 2, "processes to decode images [2]"), "seed": (COUNT, 0, "[0]"),
+    "out": (str, None, "run folder [runs/<data>-<distortions>]")}
 
 def find_device(name):
     mps = torch.backends.mps.is_available()
@@ -480,7 +464,7 @@ def find_device(name):
 def describe(cfg):
     """As in noise=0.1, noise=0.1-0.5 for a range, noise=0.1+blur=1 for a mixture."""
     kinds = [(kind, np.ravel(getattr(cfg, kind))) for kind in ("noise", "blur", "mask")]
-    parts = [f"{kind}={'-'.join(f'{v:g}' for v in values)}" for kind, values in kinds if any(values)]
+    parts = [f"{kind}={'-'.join(f'{v:g}' for v in pair)}" for kind, pair in kinds if any(pair)]
     return "+".join(parts) or "clean"
 
 def run(main):
@@ -497,13 +481,12 @@ def run(main):
     sys.exit(2)
 
 def configure():
-    """The command line's options, defaults resolved. Raises ValueError for what makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.error = functools.partial(check, False)
     for name, (kind, default, text) in OPTIONS.items():
         kind = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=f"{text} [{default}]",
-                            nargs="+" if isinstance(default, list) else None, **kind)
+        parser.add_argument("--" + name.replace("_", "-"), **kind, default=default, help=text,
+                            nargs="+" if isinstance(default, list) else None)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     cfg = parser.parse_args()
     cfg.weights = cfg.weights or ("scratch" if cfg.data == "textures" else "dinov2_vits14")
@@ -527,26 +510,22 @@ def configure():
     cfg.out = cfg.out or "runs/" + "-".join(parts).removesuffix("-distill")
     return cfg
 
-def find_checkpoint(cfg):
-    """The checkpoint to go on from, or None to start. Raises ValueError for an unfit run folder."""
-    config, last = f"{cfg.out}/config.json", f"{cfg.out}/last.pt"
-    if not cfg.resume:
-        return check(not os.path.exists(last), f"{cfg.out} holds a run: --resume or change --out")
-    check(os.path.exists(config), f"nothing to resume in {cfg.out}: it has no config.json")
-    with open(config) as f:
-        before = json.load(f)
-    for name in [n for n in vars(cfg) if n not in ("device", "workers", "compile", "out", "root", "resume")]:
-        was, now = before.get(name), getattr(cfg, name)
-        check(was == now, f"--{name.replace('_', '-')} was {was} in {cfg.out} and is {now} now")
-    checkpoint = read_file(last) if os.path.exists(last) else None
-    check(not checkpoint or "optimizer" in checkpoint, f"{last} is damaged: delete it, start over")
-    return checkpoint
-
 def main():
     cfg = configure()
-    checkpoint, known = find_checkpoint(cfg), f"{cfg.out}/teacher.pth"
-    if checkpoint and checkpoint["step"] == checkpoint["total"]:
-        return print(f"{cfg.out} is finished; next: python eval.py {cfg.out}")
+    config, last, checkpoint = f"{cfg.out}/config.json", f"{cfg.out}/last.pt", None
+    if cfg.resume:
+        check(os.path.exists(config), f"nothing to resume in {cfg.out}: it has no config.json")
+        with open(config) as f:
+            before = json.load(f)
+        for name in vars(cfg):
+            free = name in ("device", "workers", "compile", "out", "root", "resume")
+            check(free or before.get(name) == getattr(cfg, name), f"--{name.replace('_', '-')} was "
+                  f"{before.get(name)} in {cfg.out}, now it is {getattr(cfg, name)}")
+        checkpoint = read_file(last) if os.path.exists(last) else None
+        check(not checkpoint or "optimizer" in checkpoint, f"{last} is damaged: delete it")
+        if checkpoint and checkpoint["step"] == checkpoint["total"]:
+            return print(f"{cfg.out} is finished; next: python eval.py {cfg.out}")
+    check(cfg.resume or not os.path.exists(last), f"{cfg.out} holds a run: use --resume or --out")
     check(cfg.batch_size % WORLD == 0, f"--batch-size {cfg.batch_size} does not split into {WORLD}")
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
@@ -555,22 +534,22 @@ def main():
     if LOCAL_RANK:  # a machine's first process downloads and decodes alone
         dist.barrier()
     torch.manual_seed(cfg.seed)
+    known = f"{cfg.out}/teacher.pth"
     source = known if cfg.resume and os.path.exists(known) else cfg.weights
-    images, labels, test, test_labels = load_data(cfg, bool({cfg.method, source} & {"supervised", "scratch"}))
-    if source == "scratch":
-        teacher = ViT(cfg.img_size, patch_size=8, embed_dim=128, depth=4, num_heads=2)
-    else:
-        teacher = load_vit(source, cfg.img_size)
+    images, labels, test, test_labels = load_data(
+        cfg, labelled=cfg.method == "supervised" or source == "scratch")
+    small = functools.partial(ViT, patch_size=8, embed_dim=128, depth=4, num_heads=2)
+    teacher = small(cfg.img_size) if source == "scratch" else load_vit(source, cfg.img_size)
     if WORLD > 1 and not LOCAL_RANK:
         dist.barrier()
     teacher(torch.zeros(1, 3, cfg.img_size, cfg.img_size), cfg.attn_blocks)  # raises if too many
     check(cfg.batch_size <= len(labels), f"--batch-size {cfg.batch_size}: but {len(labels)} images")
-    if cfg.compile == "auto":  # where the run is long enough to win the minute's wait back
+    if cfg.compile == "auto":  # "on" where the run is long enough to win the minute's wait back
         visits = min(cfg.epochs * len(labels), (cfg.max_steps or sys.maxsize) * cfg.batch_size)
         cfg.compile = "on" if cfg.device == "cuda" and visits > 200_000 else "off"
     if RANK == 0:
         os.makedirs(cfg.out, exist_ok=True)
-        write(f"{cfg.out}/config.json", json.dumps(vars(cfg), indent=1))
+        write(config, json.dumps(vars(cfg), indent=1))
         print(*(f"{name}={value}" for name, value in vars(cfg).items()), flush=True)
     num_classes, teacher = int(labels.max()) + 1, teacher.to(cfg.device)
     if source == "scratch":
