@@ -3,8 +3,7 @@
 noise, blur and missing pixels. A frozen teacher sees clean images; a student that starts from its
 weights sees distorted copies and learns to give the teacher's global embedding, patch features and
 attention maps. Shapes: B images, N patches, T = 1 + registers + N tokens, D the width."""
-import argparse, copy, functools, glob, hashlib, json, math, os, shlex, sys, time
-
+import argparse, copy, functools, glob, hashlib, json, math, os, pathlib, shlex, sys, time
 import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 from tqdm import tqdm
 
@@ -49,8 +48,7 @@ class ViT(nn.Module):
                  num_registers=0, layer_scale=False):
         super().__init__()
         if img_size % patch_size or embed_dim % num_heads:
-            raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}, "
-                             f"embed_dim {embed_dim} of num_heads {num_heads}")
+            raise ValueError(f"no multiple: {img_size=}, {patch_size=}; {embed_dim=}, {num_heads=}")
         self.img_size, self.num_registers = img_size, num_registers
         num_patches = (img_size // patch_size) ** 2
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
@@ -84,9 +82,8 @@ META = "https://dl.fbaipublicfiles.com/"
 WEIGHTS = {  # name: the publisher's file
     **{f"dinov2_{s}14{r}": f"{META}dinov2/dinov2_{s}14/dinov2_{s}14{r and '_reg4'}_pretrain.pth"
        for s in ("vits", "vitb", "vitl") for r in ("", "_reg")},
-    "dino_vits16": META + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
-    "dino_vits8": META + "dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
-    "dino_vitb16": META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    **{f"dino_{name}": f"{META}dino/dino_{file}_pretrain/dino_{file}_pretrain.pth" for name, file in
+       (("vits16", "deitsmall16"), ("vits8", "deitsmall8"), ("vitb16", "vitbase16"))},
     "deit_tiny": META + "deit/deit_tiny_patch16_224-a1311bcf.pth",
     "deit_small": META + "deit/deit_small_patch16_224-cd65a155.pth"}
 
@@ -135,12 +132,11 @@ def load_vit(weights, img_size):
     return vit
 
 def prepare(images, img_size):
-    """The ViT's input: images [B, 3, h, w] in [0, 1], resized bicubically to img_size pixels and
-    normalized with ImageNet's mean and standard deviation."""
+    """The ViT's input: images [B, 3, h, w] in [0, 1] resized bicubically and normalized."""
     if images.shape[-1] != img_size:
         images = F.interpolate(images, size=(img_size, img_size), mode="bicubic",
                                antialias=img_size < images.shape[-1])
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
     return torch.stack([(x - m) / s for x, m, s in zip(images.unbind(1), mean, std)], dim=1)
 
 # ---- The distortion ------------------------------------------------------------------------------
@@ -148,14 +144,13 @@ def distort(images, noise=0.0, blur=0.0, mask=0.0, generator=None):
     """Distorted copies of images [B, 3, H, W] in [0, 1], in the order of a camera. blur: sigma in
     pixels of a Gaussian of 2 * ceil(2 * sigma) + 1 taps, edges reflected; noise: standard deviation
     of Gaussian noise; mask: each pixel's probability of turning black; then all is clamped. Each is
-    a number, or a pair (low, high) which every image draws its own from. A generator, if any, is the
+    a number, or a pair (low, high) from which every image draws. A generator, if given, is the
     only source of chance. Raises ValueError for severities out of range and other images."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images are {images.dtype} {list(images.shape)}, not floats [B, 3, H, W]")
     B, _, H, W = images.shape
     def draw(sampler, *shape):
-        device = images.device if generator is None else generator.device
-        return sampler(shape, generator=generator, device=device).to(images)
+        return sampler(shape, generator=generator, device=(generator or images).device).to(images)
     def severity(name, value, top):  # its upper end, and itself or [B, 1, 1, 1] for a range
         low, high = value if isinstance(value, (tuple, list)) else (value, value)
         if not 0 <= low <= high <= top:
@@ -203,8 +198,7 @@ def distill_loss(student, teacher, weights=(1, 1, 1)):
         return sum(w * term for w, term in zip(weights, terms.values())), terms
 
 class Objective(nn.Module):
-    """The inner step, which torch.compile takes whole: distorted and clean images [B, 3, h, w] in
-    [0, 1] and labels [B] to cfg.method's loss and its terms."""
+    """Distorted and clean images [B, 3, h, w] and labels [B] to cfg.method's loss and its terms."""
     def __init__(self, student, teacher, cfg, num_classes):
         super().__init__()
         self.student, self.cfg = student, cfg
@@ -232,8 +226,7 @@ class Objective(nn.Module):
 
 # ---- The data: uint8 images [N, H, W, 3] and labels [N], in memory or memory-mapped --------------
 def textures(n, size, seed):
-    """n images of a disc of stripes (in four directions), checks, a grid, rings, rays, waves or
-    patches on a shaded ground, and these as labels."""
+    """n images of a disc of one of ten textures on a shaded ground, and the textures as labels."""
     rng = np.random.default_rng(seed)
     u = lambda low, high, *shape: np.float32(rng.uniform(low, high, (n, *(shape or (1, 1)))))
     stripes = lambda angle: np.sin(k * (x * np.cos(angle) + y * np.sin(angle)) + p)
@@ -282,7 +275,7 @@ def decode(paths, cfg):
             array[i] = image
         array.flush()
         os.replace(path + ".part", path)
-    return np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="c")
 
 def load_data(cfg, labelled):
     """Training images, labels, test images, labels: uint8 [N, data_size, data_size, 3], int64 [N];
@@ -348,9 +341,9 @@ def write(path, content):
         os.fsync(f.fileno())
     os.replace(f"{path}.part", path)
 
-def train(objective, images, labels, cfg, checkpoint=None, held_out=None):
-    """Train the objective over cfg's schedule, from the checkpoint on if any; with held_out,
-    which gives figures for the log, write log, student and checkpoint at each epoch's end."""
+def train(objective, images, labels, cfg, checkpoint=None, held_out=dict):
+    """Train the objective over cfg's schedule, from the checkpoint on if there is one. If held_out
+    gives figures for the log, write log, student and checkpoint at each epoch's end."""
     size, per_epoch = cfg.batch_size, len(labels) // cfg.batch_size
     total = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
     warmup = round(cfg.warmup * total)
@@ -406,13 +399,12 @@ def train(objective, images, labels, cfg, checkpoint=None, held_out=None):
         bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
         if ends:
             row.update(zip(("loss", *terms), (sums / (i + 1)).tolist()))  # the epoch's means
-            figures = held_out() if held_out else {}
             row = {"epoch": epoch + 1, "step": step + 1, "lr": group["lr"], "global": None,
-                   "patch": None, "attn": None, **row, **figures}
+                   "patch": None, "attn": None, **row, **held_out()}
             log, times, sums = [*log, row], [], torch.zeros_like(sums)
         if ends or not live:
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None))
-        if held_out and (ends or time.perf_counter() - saved > 120):
+        if held_out is not dict and (ends or time.perf_counter() - saved > 120):
             write(f"{cfg.out}/student.pth", objective.student.state_dict())
             write(f"{cfg.out}/log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             write(f"{cfg.out}/last.pt", dict(step=step + 1, total=total, log=log, sums=sums,
@@ -438,22 +430,19 @@ OPTIONS = {  # name: type or choices, default, help with the default in brackets
                 "on clean images [textures: scratch, else dinov2_vits14]"),
     "data_size": (WHOLE, None, "pixels as distorted [32, stl10: 96, folder: 224]"),
     "img_size": (WHOLE, None, "pixels as the ViT sees them [224, scratch: --data-size]"),
-    "noise": (REAL, [], "standard deviation, or a range [0.3 if nothing else distorts, else 0]"),
-    "blur": (REAL, [0.0], "sigma in pixels, or a range [0]"),
-    "mask": (REAL, [0.0], "share of pixels, or a range [0]"),
+    "noise": (REAL, [], "standard deviation [0]; two values, as for blur and mask, are a range"),
+    "blur": (REAL, [0.0], "sigma in pixels [0]"), "mask": (REAL, [0.0], "share of pixels [0]"),
     "method": (("distill", "contrastive", "supervised"), "distill", "whose loss [distill]"),
     "loss_weights": (REAL, [1.0, 1.0, 1.0], "of the global, patch and attention term [1 1 1]"),
     "attn_blocks": (COUNT, 1, "last blocks whose maps are compared [1]"),
     "epochs": (WHOLE, None, "[10, scratch: 20]"), "pretrain_epochs": (WHOLE, 20, "of scratch [20]"),
     "max_steps": (WHOLE, None, "[no limit]"), "batch_size": (WHOLE, 128, "of all processes [128]"),
     "lr": (number(float, 1e-12), None, "peak learning rate [1e-4, scratch: 1e-3]"),
-    "weight_decay": (REAL, 0.05, "of matrices [0.05]"),
-    "warmup": (number(float, 0, 1), 0.1, "share of the steps [0.1]"),
+    "weight_decay": (REAL, 0.05, "[0.05]"), "warmup": (number(float, 0, 1), 0.1, "share [0.1]"),
     "dtype": (("auto", "float32", "bfloat16"), "auto", "[bfloat16 on a GPU that has it]"),
     "compile": (("auto", "on", "off"), "auto", "[on a GPU for over 200,000 images]"),
-    "device": (str, "auto", "cuda, mps or cpu [the first there is]"),
-    "workers": (COUNT, 2, "processes to decode images [2]"), "seed": (COUNT, 0, "[0]"),
-    "out": (str, None, "run folder [runs/<data>-<distortions>]")}
+    "device": (str, "auto", "[the first of cuda, mps, cpu]"), "workers": (COUNT, 2, "decoders [2]"),
+    "seed": (COUNT, 0, "[0]"), "out": (str, None, "run folder [runs/<data>-<distortions>]")}
 
 def find_device(name):
     mps = torch.backends.mps.is_available()
@@ -467,12 +456,11 @@ def describe(cfg):
     parts = [f"{kind}={'-'.join(f'{v:g}' for v in pair)}" for kind, pair in kinds if any(pair)]
     return "+".join(parts) or "clean"
 
-def run(main):
-    """Run main; bad input, too little memory and Ctrl-C end in one line."""
+def run(main):  # bad input, too little memory and Ctrl-C end in one line
     try:
         return main()
     except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted; continue with: python {shlex.join(sys.argv)} --resume")
+        sys.exit(f"\ninterrupted; to go on: python {shlex.join(sys.argv)} --resume")
     except (ValueError, OSError, ImportError) as e:  # one from a worker ends a traceback
         message = str(e).strip().split("\n")[-1].removeprefix("ValueError: ")
     except (MemoryError, torch.OutOfMemoryError):
@@ -515,8 +503,7 @@ def main():
     config, last, checkpoint = f"{cfg.out}/config.json", f"{cfg.out}/last.pt", None
     if cfg.resume:
         check(os.path.exists(config), f"nothing to resume in {cfg.out}: it has no config.json")
-        with open(config) as f:
-            before = json.load(f)
+        before = json.loads(pathlib.Path(config).read_text())
         for name in vars(cfg):
             free = name in ("device", "workers", "compile", "out", "root", "resume")
             check(free or before.get(name) == getattr(cfg, name), f"--{name.replace('_', '-')} was "
@@ -534,12 +521,9 @@ def main():
     if LOCAL_RANK:  # a machine's first process downloads and decodes alone
         dist.barrier()
     torch.manual_seed(cfg.seed)
-    known = f"{cfg.out}/teacher.pth"
-    source = known if cfg.resume and os.path.exists(known) else cfg.weights
-    images, labels, test, test_labels = load_data(
-        cfg, labelled=cfg.method == "supervised" or source == "scratch")
-    small = functools.partial(ViT, patch_size=8, embed_dim=128, depth=4, num_heads=2)
-    teacher = small(cfg.img_size) if source == "scratch" else load_vit(source, cfg.img_size)
+    path = f"{cfg.out}/teacher.pth" if checkpoint else cfg.weights
+    images, labels, test, test_y = load_data(cfg, path == "scratch" or cfg.method == "supervised")
+    teacher = ViT(cfg.img_size, 8, 128, 4, 2) if path == "scratch" else load_vit(path, cfg.img_size)
     if WORLD > 1 and not LOCAL_RANK:
         dist.barrier()
     teacher(torch.zeros(1, 3, cfg.img_size, cfg.img_size), cfg.attn_blocks)  # raises if too many
@@ -552,13 +536,13 @@ def main():
         write(config, json.dumps(vars(cfg), indent=1))
         print(*(f"{name}={value}" for name, value in vars(cfg).items()), flush=True)
     num_classes, teacher = int(labels.max()) + 1, teacher.to(cfg.device)
-    if source == "scratch":
+    if path == "scratch":
         clean = dict(method="supervised", noise=0, blur=0, mask=0, max_steps=None, lr=2e-3)
         clean = argparse.Namespace(**{**vars(cfg), **clean, "epochs": cfg.pretrain_epochs})
         train(Objective(teacher, None, clean, num_classes).to(cfg.device), images, labels, clean)
     if RANK == 0:
-        write(known, teacher.state_dict())
-    student, test = copy.deepcopy(teacher), test[subset(test_labels, 500, 0)]
+        write(f"{cfg.out}/teacher.pth", teacher.state_dict())
+    student, test = copy.deepcopy(teacher), test[subset(test_y, 500, 0)]
     target = embed(teacher, test, cfg)
     def cosine(vit):
         found = embed(vit, test, cfg, distortion_of(cfg), cfg.seed)

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Evaluate a run of distill.py: what distortion took, what the student won back, and whether that
 holds for distortions it never saw. Prints a table; writes results.json and attention.png."""
-import argparse, functools, json, math, os
-
+import argparse, functools, json, math, pathlib
 import numpy as np, torch, torch.nn.functional as F
 from tqdm import tqdm
-
 from distill import (OPTIONS, check, describe, distort, distortion_of, embed, find_device,
                      load_data, load_vit, number, prepare, run, subset, to_float, write)
 
@@ -64,10 +62,9 @@ HELD_OUT = {  # name: images [B, 3, H, W] in [0, 1] and a generator -> distorted
 STEADY = ("clean", "blur=0.7", "blur=1.4", "contrast=0.3", "pixelate=2", "square=0.5")  # no chance
 
 def evaluate(cfg, vits, data, shares, seeds):
-    """The rows and label shares of results.json: each figure is [mean, standard deviation] over the
-    seeds, each of which draws the distortions and the labelled images anew."""
+    """Rows and label shares of results.json; figures are [mean, standard deviation] over seeds."""
     images, labels, test_images, test_labels = data
-    trained, rows, runs_by_share = describe(cfg), [], {}
+    trained, rows, runs_by_share = describe(cfg), [], {share: [] for share in shares}
     table = {"clean": None, trained: distortion_of(cfg), **HELD_OUT}
     def features(name, seed):  # of training and of test images, of either ViT
         return [{who: embed(vit, part, cfg, table[name], 2 * seed + i) for who, vit in vits.items()}
@@ -94,8 +91,7 @@ def evaluate(cfg, vits, data, shares, seeds):
             runs.append({**run, "recovered": won / lost if lost >= 0.01 else None})
             for share in shares if name == trained else ():
                 n = max(round(share * len(labels)), len(np.unique(labels)))
-                found = probes(train, test, subset(labels, n, seed))
-                runs_by_share[share] = [*runs_by_share.get(share, []), found]
+                runs_by_share[share].append(probes(train, test, subset(labels, n, seed)))
         rows.append({"distortion": name, "seen": name == trained != "clean", **summary(runs)})
     return rows, [{"share": share, **summary(runs)} for share, runs in runs_by_share.items()]
 
@@ -112,43 +108,38 @@ def draw_attention(path, cfg, vits, images):
         heat = attn[:, :, 0, 1 + vits[who].num_registers:].mean(1)  # [B, N]
         heat = (heat / heat.amax(1, keepdim=True)).view(len(x), 1, *[math.isqrt(heat.shape[1])] * 2)
         heat = F.interpolate(heat, x.shape[2:], mode="bilinear")
-        colours = torch.cat([(3 * heat - i).clamp(0, 1) for i in range(3)], dim=1)  # black to white
-        columns.append(0.35 * x + 0.65 * colours)
+        columns.append(0.35 * x + 0.65 * torch.cat([3 * heat - i for i in range(3)], 1).clamp(0, 1))
     cells = torch.stack(columns, dim=1).flatten(0, 1).repeat_interleave(zoom, 2)
     save_image(cells.repeat_interleave(zoom, 3), path, nrow=len(columns), padding=4, pad_value=1)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add, parser.error = parser.add_argument, functools.partial(check, False)
-    add("run_dir", help="a folder that distill.py wrote")
+    add("out", metavar="run_dir", help="a folder that distill.py wrote")
     add("--labels", type=number(float, 1e-9, 1), nargs="+", default=[1.0], help="shares [1.0]")
     add("--seeds", type=number(int, 1), default=3, help="draws of distortions and labels [3]")
     for name in ("max_images", "batch_size", "device", "dtype", "workers", "data", "root"):
         kind = OPTIONS[name][0] if callable(OPTIONS[name][0]) else str
         add("--" + name.replace("_", "-"), type=kind, help="[the run's, textures: 2000 images]")
     args = parser.parse_args()
-    out = args.run_dir
-    check(os.path.isfile(f"{out}/config.json"), f"{out} holds no run: there is no config.json")
-    with open(f"{out}/config.json") as f:
-        cfg = argparse.Namespace(**json.load(f))
-    if cfg.data == "textures":
-        cfg.max_images = min(cfg.max_images or 2000, 2000)  # enough for probes in a minute
+    cfg = argparse.Namespace(**json.loads(pathlib.Path(args.out, "config.json").read_text()))
+    cfg.max_images = cfg.max_images or {"textures": 2000}.get(cfg.data)  # probes in a minute
     vars(cfg).update({name: value for name, value in vars(args).items() if value is not None})
     cfg.device = find_device(args.device or ("cpu" if cfg.device == "cpu" else "auto"))
-    vits = {who: load_vit(f"{out}/{who}.pth", cfg.img_size).to(cfg.device)
+    vits = {who: load_vit(f"{cfg.out}/{who}.pth", cfg.img_size).to(cfg.device)
             for who in ("teacher", "student")}
     data = load_data(cfg, labelled=True)
-    rows, shares = evaluate(cfg, vits, data, args.labels, args.seeds)
-    write(f"{out}/results.json", json.dumps({"config": vars(cfg), "rows": rows, "labels": shares}))
-    heads = ["cos T", "cos S", "probe T", "probe S", "clean T", "clean S"]
+    rows, shares = evaluate(cfg, vits, data, cfg.labels, cfg.seeds)
+    write(f"{cfg.out}/results.json", json.dumps(dict(config=vars(cfg), rows=rows, labels=shares)))
+    heads = ["cos T", "cos S", "probe T", "probe S", "clean T", "clean S", "recovered"]
     keys = [f"{key}_{who}" for key in ("cos", "probe", "clean_probe") for who in vits]
-    print("in %; T teacher, S student  ", *(f"{head:>11}" for head in [*heads, "recovered"]))
+    print("in %; T teacher, S student  ", *(f"{head:>11}" for head in heads))
     for row in [*rows, *({"distortion": f"{s['share']:g} of the labels", **s} for s in shares)]:
         cells = [100 * np.array(row.get(key) or [np.nan] * 2) for key in [*keys, "recovered"]]
         cells = [f"{mean:.1f} ± {std:.1f}".replace("nan ± nan", "-") for mean, std in cells]
         name = row["distortion"] + " (trained)" * row.get("seen", 0)
         print(f"{name:28}", *(f"{cell:>11}" for cell in cells))
-    draw_attention(f"{out}/attention.png", cfg, vits, data[2][subset(data[3], 6, cfg.seed)])
+    draw_attention(f"{cfg.out}/attention.png", cfg, vits, data[2][subset(data[3], 6, cfg.seed)])
 
 if __name__ == "__main__":
     run(main)
