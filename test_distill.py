@@ -567,7 +567,7 @@ def test_scratch_trains_its_teacher_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, distill, "--max-images", 400, "--pretrain-epochs", 3, "--max-steps", 3,
                 "--batch-size", 40, "--device", "cpu") == 0
-    out = tmp_path / "runs" / "textures-noise0.3"
+    out = tmp_path / "runs" / "textures-noise0.08+blur1.4"
     assert log_of(out)[0]["step"] == 3 and log_of(out)[0]["epoch"] == 1
 
 
