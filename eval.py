@@ -99,7 +99,7 @@ def evaluate(cfg, vits, data, shares, seeds):
 def draw_attention(path, cfg, vits, images):
     """Save a row per image: clean, distorted, and the last block's attention from the global token,
     heads averaged, over the image: teacher on clean, teacher and student on distorted."""
-    from torchvision.utils import save_image
+    from PIL import Image  # which torchvision brings
     clean = to_float(images, cfg.device)
     distorted = distortion_of(cfg)(clean, generator=torch.Generator(cfg.device).manual_seed(0))
     columns, zoom = [clean, distorted], -(-160 // clean.shape[2])
@@ -109,8 +109,9 @@ def draw_attention(path, cfg, vits, images):
         heat = (heat / heat.amax(1, keepdim=True)).view(len(x), 1, *[math.isqrt(heat.shape[1])] * 2)
         heat = F.interpolate(heat, x.shape[2:], mode="bilinear")
         columns.append(0.35 * x + 0.65 * torch.cat([3 * heat - i for i in range(3)], 1).clamp(0, 1))
-    cells = torch.stack(columns, dim=1).flatten(0, 1).repeat_interleave(zoom, 2)
-    save_image(cells.repeat_interleave(zoom, 3), path, nrow=len(columns), padding=4, pad_value=1)
+    cells = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=1)  # [rows, columns, 3, h, w]
+    pixels = cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).mul(255).byte().cpu()
+    Image.fromarray(pixels.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()).save(path)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -133,12 +134,11 @@ def main():
     write(f"{cfg.out}/results.json", json.dumps(dict(config=vars(cfg), rows=rows, labels=shares)))
     heads = ["cos T", "cos S", "probe T", "probe S", "clean T", "clean S", "recovered"]
     keys = [f"{key}_{who}" for key in ("cos", "probe", "clean_probe") for who in vits]
-    print("in %; T teacher, S student  ", *(f"{head:>11}" for head in heads))
+    print("in % (* trained; T: teacher)", *(f"{head:>11}" for head in heads))
     for row in [*rows, *({"distortion": f"{s['share']:g} of the labels", **s} for s in shares)]:
         cells = [100 * np.array(row.get(key) or [np.nan] * 2) for key in [*keys, "recovered"]]
         cells = [f"{mean:.1f} ± {std:.1f}".replace("nan ± nan", "-") for mean, std in cells]
-        name = row["distortion"] + " (trained)" * row.get("seen", 0)
-        print(f"{name:28}", *(f"{cell:>11}" for cell in cells))
+        print(f"{row['distortion'] + ' *' * row.get('seen', 0):28}", *(f"{c:>11}" for c in cells))
     draw_attention(f"{cfg.out}/attention.png", cfg, vits, data[2][subset(data[3], 6, cfg.seed)])
 
 if __name__ == "__main__":

@@ -563,12 +563,15 @@ def test_a_run_leaves_its_folder_and_is_evaluated(world, tmp_path, monkeypatch, 
     assert names[1] in capsys.readouterr().out
 
 
-def test_scratch_trains_its_teacher_first(tmp_path, monkeypatch):
+def test_scratch_trains_its_teacher_first_and_needs_no_torchvision(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     assert call(monkeypatch, distill, "--max-images", 400, "--pretrain-epochs", 3, "--max-steps", 3,
                 "--batch-size", 40, "--device", "cpu") == 0
     out = tmp_path / "runs" / "textures-noise0.08+blur1.4"
     assert log_of(out)[0]["step"] == 3 and log_of(out)[0]["epoch"] == 1
+    assert call(monkeypatch, evaluation, out, "--seeds", 1, "--max-images", 60) == 0
+    assert (out / "results.json").exists() and Image.open(out / "attention.png").size == (850, 1020)
 
 
 def test_distillation_brings_the_student_to_the_teacher(world, tmp_path, monkeypatch):
