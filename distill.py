@@ -47,7 +47,7 @@ class ViT(nn.Module):
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0,
                  num_registers=0, layer_scale=False):
         super().__init__()
-        if img_size % patch_size or embed_dim % num_heads:
+        if min(patch_size, num_heads) < 1 or img_size % patch_size or embed_dim % num_heads:
             raise ValueError(f"no multiple: {img_size=}, {patch_size=}; {embed_dim=}, {num_heads=}")
         self.img_size, self.num_registers = img_size, num_registers
         num_patches = (img_size // patch_size) ** 2
@@ -72,7 +72,7 @@ class ViT(nn.Module):
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
         maps = []
         for i, block in enumerate(self.blocks, start=attn_blocks - len(self.blocks)):
-            x, attn = block(x, need_map=i >= 0)  # [B, T, D], [B, heads, T, T]
+            x, attn = block(x, need_map=i >= 0)  # i >= 0: one of the last attn_blocks
             maps += [attn] if i >= 0 else []
         x = self.norm(x)
         return Features(x[:, 0], x[:, 1 + self.num_registers:], tuple(maps))
@@ -114,10 +114,10 @@ def load_vit(weights, img_size):
         dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
         pos, registers = state["pos_embed"], state.get("register_tokens", torch.empty(1, 0, dim))
         grid, side = math.isqrt(pos.shape[1] - 1), img_size // patch_size
-        vit = ViT(img_size, patch_size, dim, num_heads=dim // 64, num_registers=registers.shape[1],
+        vit = ViT(img_size, patch_size, dim, num_heads=max(1, dim // 64),
                   depth=len({k.split(".")[1] for k in state if k.startswith("blocks.")}),
                   mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim,
-                  layer_scale="blocks.0.ls1.gamma" in state)
+                  num_registers=registers.shape[1], layer_scale="blocks.0.ls1.gamma" in state)
         new = pos[:, 1:].reshape(1, grid, grid, dim).permute(0, 3, 1, 2)
         new = F.interpolate(new, size=(side, side), mode="bicubic").flatten(2).transpose(1, 2)
         state["pos_embed"] = torch.cat([pos[:, :1], new], dim=1)
@@ -125,7 +125,7 @@ def load_vit(weights, img_size):
     except OSError as e:
         raise ValueError(f"cannot get {path} ({e}): put it into {torch.hub.get_dir()}/checkpoints "
                          "or use --weights PATH or --weights scratch") from e
-    except (KeyError, AttributeError, RuntimeError) as e:  # no such key, no dict, no such shapes
+    except (KeyError, IndexError, AttributeError, RuntimeError) as e:  # no such key, shape, dict
         raise ValueError(f"{path} is of another architecture: {e!r}") from e
     check(dim % 64 == 0 and not missing + unexpected, f"{path} is of another architecture: width "
           f"{dim}, missing {missing[:1]}, unexpected {unexpected[:1]}")
@@ -152,9 +152,9 @@ def distort(images, noise=0.0, blur=0.0, mask=0.0, generator=None):
     def draw(sampler, *shape):
         return sampler(shape, generator=generator, device=(generator or images).device).to(images)
     def severity(name, value, top):  # its upper end, and itself or [B, 1, 1, 1] for a range
-        low, high = value if isinstance(value, (tuple, list)) else (value, value)
-        if not 0 <= low <= high <= top:
-            raise ValueError(f"{name} {value} is out of range: 0 to {top:g}, lower end first")
+        low, *more, high = value if isinstance(value, (tuple, list)) else (value, value)
+        if more or not 0 <= low <= high <= top:
+            raise ValueError(f"{name}: {value} is not 1 or 2 values from 0 to {top:g}, in order")
         return high, low if low == high else low + (high - low) * draw(torch.rand, B, 1, 1, 1)
     largest, sigma = severity("blur", blur, (min(H, W) - 1) / 2)  # reflection needs radius < side
     if largest > 0:
@@ -202,14 +202,14 @@ class Objective(nn.Module):
     def __init__(self, student, teacher, cfg, num_classes):
         super().__init__()
         self.student, self.cfg = student, cfg
-        self.teacher = [teacher]  # in a list, so as not to be trained or saved
+        self.teacher = [teacher]  # in a list, so no submodule: not trained, not saved
         supervised = cfg.method == "supervised"
         self.head = nn.Linear(len(student.norm.weight), num_classes) if supervised else None
     def forward(self, distorted, clean, labels):
         cfg, maps = self.cfg, self.cfg.attn_blocks if self.cfg.method == "distill" else 0
         student = self.student(prepare(distorted, cfg.img_size), maps)
         if cfg.method == "supervised":
-            return F.cross_entropy(self.head(student.cls).float(), labels), {}
+            return F.cross_entropy(self.head(student.cls).float(), labels.to(distorted.device)), {}
         with torch.no_grad():
             teacher = self.teacher[0](prepare(clean, cfg.img_size), maps)
         if cfg.method == "distill":
@@ -248,8 +248,8 @@ def textures(n, size, seed):
 def subset(labels, n, seed):
     """Indices, ascending, of n images drawn by the seed, classes as even as can be."""
     order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # class by class
-    turn = np.concatenate([np.arange(c) for c in np.unique(labels, return_counts=True)[1]])
+    order = order[np.argsort(labels[order], kind="stable")]  # class by class; turn: the place
+    turn = np.concatenate([np.arange(c) for c in np.unique(labels, return_counts=True)[1]])  # in it
     return np.sort(order[np.argsort(turn, kind="stable")[:n]])
 
 def read_image(path, size):
@@ -341,9 +341,8 @@ def write(path, content):
         os.fsync(f.fileno())
     os.replace(f"{path}.part", path)
 
-def train(objective, images, labels, cfg, checkpoint=None, held_out=dict):
-    """Train the objective over cfg's schedule, from the checkpoint on if there is one. If held_out
-    gives figures for the log, write log, student and checkpoint at each epoch's end."""
+def train(objective, images, labels, cfg, checkpoint=None, held_out=None):
+    """Train over cfg's schedule. If held_out gives figures, write log, student and checkpoint."""
     size, per_epoch = cfg.batch_size, len(labels) // cfg.batch_size
     total = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
     warmup = round(cfg.warmup * total)
@@ -351,7 +350,7 @@ def train(objective, images, labels, cfg, checkpoint=None, held_out=dict):
     rest = [p for p in objective.parameters() if all(p is not m for m in matrices)]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}], cfg.lr, fused=True)
-    start, log, sums = 0, [], torch.zeros(4, device=cfg.device)  # of loss and terms over the epoch
+    start, log, sums = 0, [], torch.zeros(4, device=cfg.device)  # of loss, then terms
     if checkpoint:
         start, log, sums = checkpoint["step"], checkpoint["log"], checkpoint["sums"].to(cfg.device)
         objective.load_state_dict(checkpoint["objective"])
@@ -370,7 +369,7 @@ def train(objective, images, labels, cfg, checkpoint=None, held_out=dict):
             order = np.random.default_rng((cfg.seed, epoch)).permutation(len(labels))
         batch = order[i * size:(i + 1) * size]
         clean = to_float(images[batch], cfg.device)
-        y = torch.from_numpy(labels[batch][share]).to(cfg.device, non_blocking=True)
+        y = torch.from_numpy(labels[batch][share])
         # Each process distorts the whole batch: the result does not depend on how many there are.
         distorted = distortion(clean, generator=generator.manual_seed(1_000_003 * cfg.seed + step))
         cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(total - warmup, 1))
@@ -387,12 +386,12 @@ def train(objective, images, labels, cfg, checkpoint=None, held_out=dict):
             dist.all_reduce(stats)
         sums[:len(stats)] += stats
         bad_step = torch.where((norm + stats[0]).isfinite(), bad_step, bad_step.clamp(max=step + 1))
-        ends, waited = step + 1 == total or i + 1 == per_epoch, time.perf_counter() - clock
-        if RANK or not (ends or step < start + 3 or waited > (0.3 if live else 10)):
+        ends, unseen = step + 1 == total or i + 1 == per_epoch, time.perf_counter() - clock
+        if RANK or not (ends or step < start + 3 or unseen > (0.3 if live else 10)):
             continue  # what follows waits for the device
         *values, bad = torch.cat([stats, bad_step[None]]).tolist()
         check(bad == math.inf, f"loss or gradient not finite at step {bad:.0f}: try a lower --lr")
-        times = [] if seen == start + 3 else times  # the first three steps warm up
+        times = [] if seen == start + 3 else times  # drop those of three warm-up steps
         times.append((time.perf_counter() - clock) / (step + 1 - seen))
         row = dict(zip(("loss", *terms), values), images_per_s=size / float(np.median(times)))
         bar.update(step + 1 - bar.n)
@@ -400,11 +399,11 @@ def train(objective, images, labels, cfg, checkpoint=None, held_out=dict):
         if ends:
             row.update(zip(("loss", *terms), (sums / (i + 1)).tolist()))  # the epoch's means
             row = {"epoch": epoch + 1, "step": step + 1, "lr": group["lr"], "global": None,
-                   "patch": None, "attn": None, **row, **held_out()}
+                   "patch": None, "attn": None, **row, **(held_out() if held_out else {})}
             log, times, sums = [*log, row], [], torch.zeros_like(sums)
         if ends or not live:
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None))
-        if held_out is not dict and (ends or time.perf_counter() - saved > 120):
+        if held_out and (ends or time.perf_counter() - saved > 120):
             write(f"{cfg.out}/student.pth", objective.student.state_dict())
             write(f"{cfg.out}/log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             write(f"{cfg.out}/last.pt", dict(step=step + 1, total=total, log=log, sums=sums,
@@ -421,7 +420,7 @@ def number(kind, low, high=sys.float_info.max):  # an argparse type
     parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"
     return parse
 
-WHOLE, COUNT, REAL = number(int, 1), number(int, 0), number(float, 0)
+WHOLE, COUNT, REAL = number(int, 1), number(int, 0, 2**32 - 1), number(float, 0)
 OPTIONS = {  # name: type or choices, default, help with the default in brackets
     "data": (str, "textures", "cifar10, cifar100, stl10, a folder, or drawn [textures]"),
     "root": (str, "data", "folder for downloaded and decoded images [data]"),
@@ -432,10 +431,9 @@ OPTIONS = {  # name: type or choices, default, help with the default in brackets
     "img_size": (WHOLE, None, "pixels as the ViT sees them [224, scratch: --data-size]"),
     "noise": (REAL, [], "standard deviation; two values, as for blur and mask, are a range [0]"),
     "blur": (REAL, [], "sigma in pixels [0; without any distortion --noise 0.08 --blur 1.4]"),
-    "mask": (REAL, [], "share of pixels [0]"),
+    "mask": (REAL, [], "share of pixels [0]"), "attn_blocks": (COUNT, 1, "last blocks matched [1]"),
     "method": (("distill", "contrastive", "supervised"), "distill", "whose loss [distill]"),
     "loss_weights": (REAL, [1.0, 1.0, 1.0], "of the global, patch and attention term [1 1 1]"),
-    "attn_blocks": (COUNT, 1, "last blocks whose maps are compared [1]"),
     "epochs": (WHOLE, 10, "[10]"), "pretrain_epochs": (WHOLE, 5, "of scratch [5]"),
     "max_steps": (WHOLE, None, "[no limit]"), "batch_size": (WHOLE, 64, "of all processes [64]"),
     "lr": (number(float, 1e-12), None, "peak learning rate [1e-4, scratch: 3e-3]"),
@@ -445,11 +443,14 @@ OPTIONS = {  # name: type or choices, default, help with the default in brackets
     "device": (str, "auto", "[the first of cuda, mps, cpu]"), "workers": (COUNT, 2, "decoders [2]"),
     "seed": (COUNT, 0, "[0]"), "out": (str, None, "run folder [runs/<data>-<distortions>]")}
 
-def find_device(name):
+def settle(cfg):
     mps = torch.backends.mps.is_available()
     best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    check(name in ("auto", "cpu", best), f"there is no device {name} here: use {best}")
-    return best if name == "auto" else name
+    check(cfg.device in ("auto", "cpu", best), f"there is no device {cfg.device} here: use {best}")
+    cfg.device = best if cfg.device == "auto" else cfg.device
+    if cfg.dtype == "auto":
+        fast = cfg.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        cfg.dtype = "bfloat16" if fast else "float32"
 
 def describe(cfg):
     """As in noise=0.1, noise=0.1-0.5 for a range, noise=0.1+blur=1 for a mixture."""
@@ -461,10 +462,12 @@ def run(main):  # bad input, too little memory and Ctrl-C end in one line
     try:
         return main()
     except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted; to go on: python {shlex.join(sys.argv)} --resume")
+        sys.exit(f"\ninterrupted; distill.py goes on with: python {shlex.join(sys.argv)} --resume")
     except (ValueError, OSError, ImportError) as e:  # one from a worker ends a traceback
         message = str(e).strip().split("\n")[-1].removeprefix("ValueError: ")
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
+        if "memory" not in repr(e).lower():
+            raise
         message = "out of memory: lower --batch-size or --img-size"
     print("error:", message, file=sys.stderr)
     sys.exit(2)
@@ -483,17 +486,14 @@ def configure():
     cfg.data_size = cfg.data_size or own.get(cfg.data, 224)
     cfg.img_size = cfg.img_size or (cfg.data_size if scratch else 224)
     cfg.lr = cfg.lr or (3e-3 if scratch else 1e-4)
-    if not cfg.noise + cfg.blur + cfg.mask:  # costs an embedded teacher much, and can be undone
+    if not cfg.noise + cfg.blur + cfg.mask:  # hurts a textures teacher, yet can be undone
         cfg.noise, cfg.blur = [0.08], [1.4]
     for kind in ("noise", "blur", "mask"):  # one value is a number, two are a range
         value = getattr(cfg, kind) or [0.0]
         setattr(cfg, kind, value if len(value) > 1 else value[0])
     distort(blank := torch.zeros(1, 3, cfg.data_size, cfg.data_size), cfg.noise, cfg.blur, cfg.mask)
     distill_loss(Features(blank, blank), Features(blank, blank), cfg.loss_weights)  # both may raise
-    cfg.device = find_device(cfg.device)
-    if cfg.dtype == "auto":
-        fast = cfg.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        cfg.dtype = "bfloat16" if fast else "float32"
+    settle(cfg)
     parts = os.path.basename(os.path.abspath(cfg.data)), describe(cfg).replace("=", ""), cfg.method
     cfg.out = cfg.out or "runs/" + "-".join(parts).removesuffix("-distill")
     return cfg
@@ -509,7 +509,7 @@ def main():
             check(free or before.get(name) == getattr(cfg, name), f"--{name.replace('_', '-')} was "
                   f"{before.get(name)} in {cfg.out}, now it is {getattr(cfg, name)}")
         checkpoint = read_file(last) if os.path.exists(last) else None
-        check(not checkpoint or "optimizer" in checkpoint, f"{last} is damaged: delete it")
+        check(checkpoint is None or "total" in {*checkpoint}, f"{last} is damaged: delete it")
         if checkpoint and checkpoint["step"] == checkpoint["total"]:
             return print(f"{cfg.out} is finished; next: python eval.py {cfg.out}")
     check(cfg.resume or not os.path.exists(last), f"{cfg.out} holds a run: use --resume or --out")
@@ -522,12 +522,13 @@ def main():
         dist.barrier()
     torch.manual_seed(cfg.seed)
     path = f"{cfg.out}/teacher.pth" if checkpoint else cfg.weights
-    images, labels, test, test_y = load_data(cfg, path == "scratch" or cfg.method == "supervised")
+    images, labels, test, test_y = load_data(cfg, labelled=cfg.method == "supervised")
+    known = labels[labels >= 0]  # all but STL-10's unlabelled images, which come last
     teacher = ViT(cfg.img_size, 8, 128, 4, 2) if path == "scratch" else load_vit(path, cfg.img_size)
     if WORLD > 1 and not LOCAL_RANK:
         dist.barrier()
     teacher(torch.zeros(1, 3, cfg.img_size, cfg.img_size), cfg.attn_blocks)  # raises if too many
-    check(cfg.batch_size <= len(labels), f"--batch-size {cfg.batch_size}: but {len(labels)} images")
+    check(cfg.batch_size <= len(known), f"--batch-size {cfg.batch_size}: but {len(known)} images")
     if cfg.compile == "auto":  # "on" where the run is long enough to win the minute's wait back
         visits = min(cfg.epochs * len(labels), (cfg.max_steps or sys.maxsize) * cfg.batch_size)
         cfg.compile = "on" if cfg.device == "cuda" and visits > 200_000 else "off"
@@ -539,7 +540,7 @@ def main():
     if path == "scratch":
         clean = dict(method="supervised", noise=0, blur=0, mask=0, max_steps=None, lr=2e-3)
         clean = argparse.Namespace(**{**vars(cfg), **clean, "epochs": cfg.pretrain_epochs})
-        train(Objective(teacher, None, clean, num_classes).to(cfg.device), images, labels, clean)
+        train(Objective(teacher, None, clean, num_classes).to(cfg.device), images, known, clean)
     if RANK == 0:
         write(f"{cfg.out}/teacher.pth", teacher.state_dict())
     student, test = copy.deepcopy(teacher), test[subset(test_y, 500, 0)]
@@ -547,9 +548,9 @@ def main():
     def cosine(vit):
         found = embed(vit, test, cfg, distortion_of(cfg), cfg.seed)
         return F.cosine_similarity(found, target).mean().item()
-    before, objective = cosine(teacher), Objective(student, teacher, cfg, num_classes)
+    cos_teacher, objective = cosine(teacher), Objective(student, teacher, cfg, num_classes)
     train(objective.to(cfg.device), images, labels, cfg, checkpoint,
-          lambda: {"cos_teacher": before, "cos_student": cosine(student)})
+          lambda: {"cos_teacher": cos_teacher, "cos_student": cosine(student)})
 
 if __name__ == "__main__":
     run(main)

@@ -4,22 +4,21 @@ holds for distortions it never saw. Prints a table; writes results.json and atte
 import argparse, functools, json, math, pathlib
 import numpy as np, torch, torch.nn.functional as F
 from tqdm import tqdm
-from distill import (OPTIONS, check, describe, distort, distortion_of, embed, find_device,
+from distill import (OPTIONS, check, describe, distort, distortion_of, embed, settle,
                      load_data, load_vit, number, prepare, run, subset, to_float, write)
 
 # ---- The linear probe ----------------------------------------------------------------------------
 def fit_probe(x, y):
-    """Multinomial logistic regression on features x [N, D] and integer labels y [N]: the function
-    from features [M, D] to labels [M]. Features are standardized; full-batch L-BFGS minimizes mean
-    cross-entropy + strength * |weights|^2, with the strength of six that does best on a held-out
-    fifth (below 2,000 images, on all in turn). Deterministic. Raises ValueError for bad shapes
-    and values that are not finite."""
+    """Multinomial logistic regression on features x [N, D] and integer labels y [N]: a function of
+    features [M, D] to labels [M]. L-BFGS minimizes mean cross-entropy + strength * |weights|^2 on
+    standardized features, with the strength of six that is best on a held-out fifth (below 2,000
+    images, on all in turn). Deterministic. Raises ValueError for bad shapes, values not finite."""
     x, y = torch.as_tensor(x).float(), torch.as_tensor(y)
     if x.ndim != 2 or y.shape != x.shape[:1] or len(x) == 0 or not x.isfinite().all():
         raise ValueError(f"not finite x [N, D] with labels [N]: {list(x.shape)}, {list(y.shape)}")
     classes, y = y.to(x.device).unique(return_inverse=True)
     mean, std = x.mean(0), x.std(0, correction=0)
-    std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # constants count for nothing
+    std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # / inf: constants become 0
     def columns(x):  # [D + 1, N], which multiplies fastest; the last row is the bias's
         return torch.cat([((x - mean) / std).T, x.new_ones(1, len(x))])
     def solve(x, y, strength, weights):  # weights [classes, D + 1] to start from
@@ -59,7 +58,7 @@ HELD_OUT = {  # name: images [B, 3, H, W] in [0, 1] and a generator -> distorted
     "pixelate=2": lambda x, generator: F.interpolate(F.avg_pool2d(x, 2), x.shape[2:]),
     "square=0.5": lambda x, generator: x * F.interpolate(  # black, in the middle, of half the side
         F.pad(x.new_zeros(1, 1, 2, 2), (1, 1, 1, 1), value=1), x.shape[2:])}
-STEADY = ("clean", "blur=0.7", "blur=1.4", "contrast=0.3", "pixelate=2", "square=0.5")  # no chance
+FIXED = ("clean", "blur=0.7", "blur=1.4", "contrast=0.3", "pixelate=2", "square=0.5")  # chance-free
 
 def evaluate(cfg, vits, data, shares, seeds):
     """Rows and label shares of results.json; figures are [mean, standard deviation] over seeds."""
@@ -80,7 +79,7 @@ def evaluate(cfg, vits, data, shares, seeds):
     clean_probe = fit_probe(clean[0]["teacher"], labels)
     for name in tqdm(table, "evaluating", disable=None):
         runs = []
-        for seed in range(seeds if name == trained or name not in STEADY else 1):
+        for seed in range(seeds if name == trained or name not in FIXED else 1):
             train, test = clean if name == "clean" else features(name, seed)
             run = probes(train, test)
             for who, found in test.items():
@@ -97,8 +96,7 @@ def evaluate(cfg, vits, data, shares, seeds):
 
 @torch.inference_mode()
 def draw_attention(path, cfg, vits, images):
-    """Save a row per image: clean, distorted, and the last block's attention from the global token,
-    heads averaged, over the image: teacher on clean, teacher and student on distorted."""
+    """Save a row per image: clean, distorted, and where the global token looks (see README)."""
     from PIL import Image  # which torchvision brings
     clean = to_float(images, cfg.device)
     distorted = distortion_of(cfg)(clean, generator=torch.Generator(cfg.device).manual_seed(0))
@@ -120,13 +118,14 @@ def main():
     add("--labels", type=number(float, 1e-9, 1), nargs="+", default=[1.0], help="shares [1.0]")
     add("--seeds", type=number(int, 1), default=3, help="draws of distortions and labels [3]")
     for name in ("max_images", "batch_size", "device", "dtype", "workers", "data", "root"):
-        kind = OPTIONS[name][0] if callable(OPTIONS[name][0]) else str
-        add("--" + name.replace("_", "-"), type=kind, help="[the run's, textures: 2000 images]")
+        kind = {"choices": kind} if isinstance(kind := OPTIONS[name][0], tuple) else {"type": kind}
+        add("--" + name.replace("_", "-"), **kind, help="[the run's; see README]")
     args = parser.parse_args()
     cfg = argparse.Namespace(**json.loads(pathlib.Path(args.out, "config.json").read_text()))
-    cfg.max_images = cfg.max_images or {"textures": 2000}.get(cfg.data)  # probes in a minute
+    cfg.device = "cpu" if cfg.device == "cpu" else "auto"
     vars(cfg).update({name: value for name, value in vars(args).items() if value is not None})
-    cfg.device = find_device(args.device or ("cpu" if cfg.device == "cpu" else "auto"))
+    cfg.max_images = cfg.max_images or {"textures": 2000}.get(cfg.data)  # probes in a minute
+    settle(cfg)
     vits = {who: load_vit(f"{cfg.out}/{who}.pth", cfg.img_size).to(cfg.device)
             for who in ("teacher", "student")}
     data = load_data(cfg, labelled=True)

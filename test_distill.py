@@ -182,7 +182,7 @@ def test_fast_attention_path_gives_the_plain_path_s_gradients():
     assert close(*gradients)
 
 
-@pytest.mark.parametrize("arguments", [(15, 8, 64, 1, 1), (16, 8, 64, 1, 3)])
+@pytest.mark.parametrize("arguments", [(15, 8, 64, 1, 1), (16, 8, 64, 1, 3), (16, 0, 64, 1, 1)])
 def test_vit_refuses_sizes_that_do_not_divide(arguments):
     with pytest.raises(ValueError):
         distill.ViT(*arguments)
@@ -253,12 +253,21 @@ def damage(state, case):
         state["pos_embed"] = torch.zeros(1, 4, 64)
     elif case == "width":
         state = distill.ViT(16, 8, 96, 1, 1).state_dict()
+    elif case == "narrow":
+        state = distill.ViT(16, 8, 32, 1, 1).state_dict()
+    elif case == "flat positions":
+        state["pos_embed"] = torch.zeros(5)
+    elif case == "no tensors":
+        state = {"pos_embed": "none"}
+    elif case == "a list":
+        state = [torch.zeros(1)]
     return state
 
 
 @pytest.mark.parametrize("case, message", [
     ("missing key", "blocks.1.norm2.bias"), ("unexpected key", "blocks.0.extra"), ("shape", "fc2"),
-    ("no patches", "patch_embed.proj.weight"), ("grid", "architecture"), ("width", "96")])
+    ("no patches", "patch_embed.proj.weight"), ("grid", "architecture"), ("width", "96"),
+    ("narrow", "32"), ("flat positions", "w.pth"), ("no tensors", "w.pth"), ("a list", "w.pth")])
 def test_other_architectures_are_refused_by_name(tmp_path, case, message):
     torch.save(damage(small_vit().state_dict(), case), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=message):
@@ -708,7 +717,8 @@ BAD = {  # what is wrong: (options, a word of the message)
     "absent device": (["--device", "cuda:99"], "cuda:99"), "unknown device": (["--device", "abacus"], "abacus"),
     "unknown method": (["--method", "magic"], "magic"), "unknown dtype": (["--dtype", "float8"], "float8"),
     "warm-up longer than the run": (["--warmup", 2], "warmup"), "negative decay": (["--weight-decay", -1], "decay"),
-    "negative seed": (["--seed", -1], "seed"), "negative workers": (["--workers", -1], "workers"),
+    "negative seed": (["--seed", -1], "seed"), "endless seed": (["--seed", 10 ** 14], "seed"),
+    "image larger than memory": (["--data-size", 1000000], "memory"), "negative workers": (["--workers", -1], "workers"),
     "unknown option": (["--frobnicate", 1], "frobnicate"), "output is a file": (["--out", "{text}"], "text"),
 }
 
@@ -742,11 +752,11 @@ def test_without_a_network_the_message_says_what_to_do(data, arguments, tmp_path
 @pytest.mark.parametrize("arguments, word", [
     (["{tmp}/none"], "none"), (["{tmp}"], "config.json"), (["{run}", "--labels", 0], "labels"),
     (["{run}", "--labels", 1.5], "labels"), (["{run}", "--seeds", 0], "seeds"), (["{run}"], "teacher.pth"),
-    (["{run}", "--data", "nowhere"], ""), ([], "run_dir")])
+    (["{run}", "--data", "nowhere"], ""), (["{run}", "--dtype", "float8"], "float8"), ([], "run_dir")])
 def test_bad_input_to_the_evaluation(arguments, word, tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(dict(
-        device="cpu", data="textures", img_size=16, data_size=16, max_images=20)))
+        device="cpu", dtype="float32", data="textures", img_size=16, data_size=16, max_images=20)))
     arguments = [str(a).format(tmp=tmp_path, run=tmp_path / "run") for a in arguments]
     assert call(monkeypatch, evaluation, *arguments) == 2
     errors = capsys.readouterr().err.strip().splitlines()
