@@ -398,8 +398,8 @@ def train(objective, images, labels, cfg, checkpoint=None, held_out=None):
         bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
         if ends:
             row.update(zip(("loss", *terms), (sums / (i + 1)).tolist()))  # the epoch's means
-            row = {"epoch": epoch + 1, "step": step + 1, "lr": group["lr"], "global": None,
-                   "patch": None, "attn": None, **row, **(held_out() if held_out else {})}
+            row = {"epoch": epoch + 1, "step": step + 1, "loss": 0, "global": None, "patch": None,
+                   "attn": None, "lr": group["lr"], **row, **(held_out() if held_out else {})}
             log, times, sums = [*log, row], [], torch.zeros_like(sums)
         if ends or not live:
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None))
