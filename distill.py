@@ -198,28 +198,23 @@ def distill_loss(student, teacher, weights=(1, 1, 1)):
         return sum(w * term for w, term in zip(weights, terms.values())), terms
 
 class Objective(nn.Module):
-    """Distorted and clean images [B, 3, h, w] and labels [B] to cfg.method's loss and its terms."""
-    def __init__(self, student, teacher, cfg, num_classes):
+    """Distorted images, the teacher's Features of clean ones, labels [B] to the loss, its terms."""
+    def __init__(self, student, cfg, num_classes):
         super().__init__()
         self.student, self.cfg = student, cfg
-        self.teacher = [teacher]  # in a list, so no submodule: not trained, not saved
+        self.maps = cfg.attn_blocks if cfg.method == "distill" else 0
         supervised = cfg.method == "supervised"
         self.head = nn.Linear(len(student.norm.weight), num_classes) if supervised else None
-    def forward(self, distorted, clean, labels):
-        cfg, maps = self.cfg, self.cfg.attn_blocks if self.cfg.method == "distill" else 0
-        student = self.student(prepare(distorted, cfg.img_size), maps)
+    def forward(self, distorted, teacher, labels):
+        cfg, student = self.cfg, self.student(prepare(distorted, self.cfg.img_size), self.maps)
         if cfg.method == "supervised":
             return F.cross_entropy(self.head(student.cls).float(), labels.to(distorted.device)), {}
-        with torch.no_grad():
-            teacher = self.teacher[0](prepare(clean, cfg.img_size), maps)
         if cfg.method == "distill":
             return distill_loss(student, teacher, cfg.loss_weights)
-        # InfoNCE, as in the closest earlier work (arXiv 2110.07439): each student embedding is to
-        # pick its own image's teacher embedding out of the whole batch's, all processes' together.
+        # InfoNCE (arXiv 2110.07439): pick one's own teacher embedding from all processes' batches
         found, targets = F.normalize(student.cls.float()), F.normalize(teacher.cls.float())
         if WORLD > 1:
-            shards = [torch.empty_like(targets) for _ in range(WORLD)]
-            dist.all_gather(shards, targets)
+            dist.all_gather(shards := [torch.empty_like(targets) for _ in range(WORLD)], targets)
             targets = torch.cat(shards)
         own = torch.arange(len(found), device=found.device) + RANK * len(found)
         return F.cross_entropy(found @ targets.T / 0.1, own), {}
@@ -262,18 +257,17 @@ def read_image(path, size):
         raise ValueError(f"cannot read image {path} ({e}): repair or remove it") from e
 
 def decode(paths, cfg):
-    """The images, memory-mapped from a file made once for these names, sizes and times."""
-    stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-    key = hashlib.sha256(repr([cfg.data_size, stats]).encode()).hexdigest()[:16]
-    path, shape = f"{cfg.root}/decoded-{key}.npy", (len(paths), cfg.data_size, cfg.data_size, 3)
+    """The images, memory-mapped from a file made once for these paths."""
+    key = hashlib.sha256(repr([(path, os.stat(path).st_mtime_ns) for path in paths]).encode())
+    path = f"{cfg.root}/decoded-{cfg.data_size}-{key.hexdigest()[:16]}.npy"
     if not os.path.exists(path):
         os.makedirs(cfg.root, exist_ok=True)
+        shape = len(paths), cfg.data_size, cfg.data_size, 3
         array = np.lib.format.open_memmap(path + ".part", "w+", np.uint8, shape)
         read = functools.partial(read_image, size=cfg.data_size)
         loader = torch.utils.data.DataLoader(paths, None, num_workers=cfg.workers, collate_fn=read)
         for i, image in enumerate(tqdm(loader, "decoding images", disable=None)):
             array[i] = image
-        array.flush()
         os.replace(path + ".part", path)
     return np.load(path, mmap_mode="c")
 
@@ -330,36 +324,36 @@ def embed(vit, images, cfg, distortion=None, seed=0):
         x = to_float(images[i:i + cfg.batch_size], cfg.device)
         x = prepare(distortion(x, generator=generator) if distortion else x, cfg.img_size)
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            found.append(vit(x).cls.float())
+            found.append(vit(x).cls.clone())  # a view would keep the patches in memory
     return torch.cat(found)
 
 def write(path, content):
     """Write text, or what torch.save takes, whole or not at all: a crash leaves the old file."""
     with open(f"{path}.part", "wb") as f:
         f.write(content.encode()) if isinstance(content, str) else torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
     os.replace(f"{path}.part", path)
 
-def train(objective, images, labels, cfg, checkpoint=None, held_out=None):
+def train(objective, teacher, images, labels, cfg, checkpoint=None, held_out=None):
     """Train over cfg's schedule. If held_out gives figures, write log, student and checkpoint."""
     size, per_epoch = cfg.batch_size, len(labels) // cfg.batch_size
     total = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
     warmup = round(cfg.warmup * total)
-    matrices = [m.weight for m in objective.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    rest = [p for p in objective.parameters() if all(p is not m for m in matrices)]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
-                                   {"params": rest, "weight_decay": 0.0}], cfg.lr, fused=True)
+    groups = [{"params": [p for p in objective.parameters() if (p.ndim in (2, 4)) == decay],
+               "weight_decay": cfg.weight_decay * decay} for decay in (True, False)]
+    optimizer = torch.optim.AdamW(groups, cfg.lr, fused=True)  # decays matrices and kernels alone
     start, log, sums = 0, [], torch.zeros(4, device=cfg.device)  # of loss, then terms
     if checkpoint:
         start, log, sums = checkpoint["step"], checkpoint["log"], checkpoint["sums"].to(cfg.device)
         objective.load_state_dict(checkpoint["objective"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    step_fn = torch.compile(objective, dynamic=False) if cfg.compile == "on" else objective
+    look = torch.no_grad()(lambda clean: teacher(prepare(clean, cfg.img_size), objective.maps))
+    fast = functools.partial(torch.compile, dynamic=False) if cfg.compile == "on" else lambda f: f
+    step_fn, look = fast(objective), fast(look)
     step_fn = nn.parallel.DistributedDataParallel(step_fn) if WORLD > 1 else step_fn
     share = slice(RANK * size // WORLD, (RANK + 1) * size // WORLD)  # of the batch, this process's
     distortion, generator = distortion_of(cfg), torch.Generator(cfg.device)
-    bad_step = torch.full((), math.inf, device=cfg.device)
+    bad_step, target = torch.full((), math.inf, device=cfg.device), None
+    memory = {}  # image: what the teacher made of it, which no later epoch changes, if it all fits
     live, times, seen = sys.stderr.isatty(), [], start
     bar = tqdm(desc=cfg.method, total=total, initial=start, disable=RANK > 0 or not live)
     clock = saved = time.perf_counter()
@@ -368,15 +362,22 @@ def train(objective, images, labels, cfg, checkpoint=None, held_out=None):
         if i == 0 or step == start:
             order = np.random.default_rng((cfg.seed, epoch)).permutation(len(labels))
         batch = order[i * size:(i + 1) * size]
-        clean = to_float(images[batch], cfg.device)
-        y = torch.from_numpy(labels[batch][share])
+        clean, own = to_float(images[batch], cfg.device), batch[share].tolist()
         # Each process distorts the whole batch: the result does not depend on how many there are.
         distorted = distortion(clean, generator=generator.manual_seed(1_000_003 * cfg.seed + step))
         cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(total - warmup, 1))
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * ((step + 1) / warmup if step < warmup else cosine)
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            loss, terms = step_fn(distorted[share], clean[share], y)
+            if memory.keys() >= {*own}:
+                cls, patches, *maps = map(torch.stack, zip(*(memory[j] for j in own)))
+                target = Features(cls, patches, maps)
+            elif cfg.method != "supervised":
+                target = look(clean[share])
+                parts = list(zip(target.cls, target.patches, *target.attn))
+                if total > per_epoch and sum(t.nbytes for t in parts[0]) * len(labels) < 4e9:
+                    memory.update(zip(own, parts))
+            loss, terms = step_fn(distorted[share], target, torch.from_numpy(labels[own]))
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
@@ -425,8 +426,7 @@ OPTIONS = {  # name: type or choices, default, help with the default in brackets
     "data": (str, "textures", "cifar10, cifar100, stl10, a folder, or drawn [textures]"),
     "root": (str, "data", "folder for downloaded and decoded images [data]"),
     "max_images": (WHOLE, None, "size of a class-balanced subset of either split [all]"),
-    "weights": (str, None, f"{', '.join(WEIGHTS)}, a path, or scratch: a small ViT, first trained "
-                "on clean images [textures: scratch, else dinov2_vits14]"),
+    "weights": (str, None, f"{' '.join(WEIGHTS)} scratch PATH [dinov2_vits14; textures: scratch]"),
     "data_size": (WHOLE, None, "pixels as distorted [32, stl10: 96, folder: 224]"),
     "img_size": (WHOLE, None, "pixels as the ViT sees them [224, scratch: --data-size]"),
     "noise": (REAL, [], "standard deviation; two values, as for blur and mask, are a range [0]"),
@@ -434,7 +434,7 @@ OPTIONS = {  # name: type or choices, default, help with the default in brackets
     "mask": (REAL, [], "share of pixels [0]"), "attn_blocks": (COUNT, 1, "last blocks matched [1]"),
     "method": (("distill", "contrastive", "supervised"), "distill", "whose loss [distill]"),
     "loss_weights": (REAL, [1.0, 1.0, 1.0], "of the global, patch and attention term [1 1 1]"),
-    "epochs": (WHOLE, 10, "[10]"), "pretrain_epochs": (WHOLE, 5, "of scratch [5]"),
+    "epochs": (WHOLE, 10, "[10]"), "pretrain_epochs": (WHOLE, 5, "on clean images, of scratch [5]"),
     "max_steps": (WHOLE, None, "[no limit]"), "batch_size": (WHOLE, 64, "of all processes [64]"),
     "lr": (number(float, 1e-12), None, "peak learning rate [1e-4, scratch: 3e-3]"),
     "weight_decay": (REAL, 0.05, "[0.05]"), "warmup": (number(float, 0, 1), 0.1, "share [0.1]"),
@@ -540,7 +540,7 @@ def main():
     if path == "scratch":
         clean = dict(method="supervised", noise=0, blur=0, mask=0, max_steps=None, lr=2e-3)
         clean = argparse.Namespace(**{**vars(cfg), **clean, "epochs": cfg.pretrain_epochs})
-        train(Objective(teacher, None, clean, num_classes).to(cfg.device), images, known, clean)
+        train(Objective(teacher, clean, num_classes).to(cfg.device), None, images, known, clean)
     if RANK == 0:
         write(f"{cfg.out}/teacher.pth", teacher.state_dict())
     student, test = copy.deepcopy(teacher), test[subset(test_y, 500, 0)]
@@ -548,8 +548,8 @@ def main():
     def cosine(vit):
         found = embed(vit, test, cfg, distortion_of(cfg), cfg.seed)
         return F.cosine_similarity(found, target).mean().item()
-    cos_teacher, objective = cosine(teacher), Objective(student, teacher, cfg, num_classes)
-    train(objective.to(cfg.device), images, labels, cfg, checkpoint,
+    cos_teacher, objective = cosine(teacher), Objective(student, cfg, num_classes)
+    train(objective.to(cfg.device), teacher, images, labels, cfg, checkpoint,
           lambda: {"cos_teacher": cos_teacher, "cos_student": cosine(student)})
 
 if __name__ == "__main__":

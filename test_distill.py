@@ -835,14 +835,56 @@ def test_compiled_and_eager_steps_agree(world):
     results = []
     for transform in (lambda m: m, lambda m: torch.compile(m, fullgraph=True, dynamic=False)):
         student, teacher = small_vit(), small_vit()
-        objective = distill.Objective(student, teacher, cfg, 2)
+        objective = distill.Objective(student, cfg, 2)
         torch.manual_seed(3)
-        loss, terms = transform(objective)(
-            torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.zeros(4)
-        )
+        clean = torch.rand(4, 3, 8, 8)
+        with torch.no_grad():
+            target = transform(lambda x: teacher(distill.prepare(x, 16), 1))(clean)
+        loss, terms = transform(objective)(torch.rand(4, 3, 8, 8), target, torch.zeros(4))
         loss.backward()
         results.append([loss.detach()[None], *(p.grad.flatten() for p in student.parameters())])
     assert close(*(torch.cat(result) for result in results))
+
+
+@pytest.mark.parametrize("method", ["distill", "contrastive"])
+def test_keeping_the_teachers_features_changes_no_bit(world, tmp_path, monkeypatch, method):
+    forward, calls = distill.ViT.forward, []
+
+    def count(vit, images, *rest):
+        calls.append(torch.is_grad_enabled() or torch.is_inference_mode_enabled())
+        return forward(vit, images, *rest)
+
+    monkeypatch.setattr(distill.ViT, "forward", count)
+    steps = []
+    for name in ("kept", "computed"):
+        if name == "computed":  # as if the features of an image filled a disk
+            monkeypatch.setattr(torch.Tensor, "nbytes", 10**12)
+        calls.clear()
+        more = ["--noise", 0.2, "--epochs", 4, "--lr", 1e-3, "--method", method]
+        assert call(monkeypatch, distill, *options(world, tmp_path / name, *more)) == 0
+        steps.append([log_of(tmp_path / name)[-1]["step"], calls.count(False)])
+    total, per_epoch = steps[1][0], steps[1][0] // 4
+    assert steps[1][1] == total and per_epoch <= steps[0][1] < total
+    assert same(tmp_path / "kept", tmp_path / "computed")
+
+
+def test_embedding_keeps_no_patches_in_memory():
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("no /proc")
+    from argparse import Namespace
+
+    pages = []
+
+    def vit(x):
+        pages.append(int(statm.read_text().split()[1]))
+        tokens = torch.ones(len(x), 2001, 256)
+        return distill.Features(tokens[:, 0], tokens[:, 1:])
+
+    cfg = Namespace(device="cpu", batch_size=32, dtype="float32", img_size=8)
+    found = distill.embed(vit, np.zeros((512, 8, 8, 3), np.uint8), cfg)
+    assert found.shape == (512, 256)  # of 1 GB of tokens
+    assert (max(pages) - pages[0]) * os.sysconf("SC_PAGE_SIZE") < 4e8
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, monkeypatch, capsys):
