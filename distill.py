@@ -3,7 +3,7 @@
 noise, blur and missing pixels. A frozen teacher sees clean images; a student that starts from its
 weights sees distorted copies and learns to give the teacher's global embedding, patch features and
 attention maps. Shapes: B images, N patches, T = 1 + registers + N tokens, D the width."""
-import argparse, copy, functools, glob, hashlib, json, math, os, pathlib, shlex, sys, time
+import argparse, copy, datetime, functools, glob, hashlib, json, math, os, pathlib, sys, time
 import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 from tqdm import tqdm
 
@@ -198,21 +198,21 @@ def distill_loss(student, teacher, weights=(1, 1, 1)):
         return sum(w * term for w, term in zip(weights, terms.values())), terms
 
 class Objective(nn.Module):
-    """Distorted images, the teacher's Features of clean ones, labels [B] to the loss, its terms."""
+    """Distorted images, as target the teacher's Features of clean ones, labels: to loss, terms."""
     def __init__(self, student, cfg, num_classes):
         super().__init__()
         self.student, self.cfg = student, cfg
         self.maps = cfg.attn_blocks if cfg.method == "distill" else 0
         supervised = cfg.method == "supervised"
         self.head = nn.Linear(len(student.norm.weight), num_classes) if supervised else None
-    def forward(self, distorted, teacher, labels):
+    def forward(self, distorted, target, labels):
         cfg, student = self.cfg, self.student(prepare(distorted, self.cfg.img_size), self.maps)
         if cfg.method == "supervised":
             return F.cross_entropy(self.head(student.cls).float(), labels.to(distorted.device)), {}
         if cfg.method == "distill":
-            return distill_loss(student, teacher, cfg.loss_weights)
-        # InfoNCE (arXiv 2110.07439): pick one's own teacher embedding from all processes' batches
-        found, targets = F.normalize(student.cls.float()), F.normalize(teacher.cls.float())
+            return distill_loss(student, target, cfg.loss_weights)
+        # InfoNCE (arXiv 2110.07439): find one's own teacher embedding among all processes' images
+        found, targets = F.normalize(student.cls.float()), F.normalize(target.cls.float())
         if WORLD > 1:
             dist.all_gather(shards := [torch.empty_like(targets) for _ in range(WORLD)], targets)
             targets = torch.cat(shards)
@@ -243,8 +243,8 @@ def textures(n, size, seed):
 def subset(labels, n, seed):
     """Indices, ascending, of n images drawn by the seed, classes as even as can be."""
     order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # class by class; turn: the place
-    turn = np.concatenate([np.arange(c) for c in np.unique(labels, return_counts=True)[1]])  # in it
+    order = order[np.argsort(labels[order], kind="stable")]  # class by class
+    turn = np.concatenate([np.arange(c) for c in np.unique(labels, return_counts=True)[1]])  # rank
     return np.sort(order[np.argsort(turn, kind="stable")[:n]])
 
 def read_image(path, size):
@@ -269,7 +269,7 @@ def decode(paths, cfg):
         for i, image in enumerate(tqdm(loader, "decoding images", disable=None)):
             array[i] = image
         os.replace(path + ".part", path)
-    return np.load(path, mmap_mode="c")
+    return np.load(path, mmap_mode="r")
 
 def load_data(cfg, labelled):
     """Training images, labels, test images, labels: uint8 [N, data_size, data_size, 3], int64 [N];
@@ -310,8 +310,8 @@ RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default 
 
 def to_float(images, device):
     """uint8 images [B, H, W, 3] as floats [B, 3, H, W] in [0, 1] on the device."""
-    images = torch.from_numpy(images).pin_memory() if device == "cuda" else torch.from_numpy(images)
-    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float() / 255
+    x = torch.from_numpy(images).pin_memory() if device == "cuda" else torch.from_numpy(images)
+    return x.to(device, non_blocking=device == "cuda").permute(0, 3, 1, 2).contiguous() / 255
 
 def distortion_of(cfg):
     return functools.partial(distort, noise=cfg.noise, blur=cfg.blur, mask=cfg.mask)
@@ -321,7 +321,7 @@ def embed(vit, images, cfg, distortion=None, seed=0):
     """Global embeddings, float32 [N, D], of uint8 images, distorted first if so wished."""
     generator, found = torch.Generator(cfg.device).manual_seed(seed), []
     for i in range(0, len(images), cfg.batch_size):
-        x = to_float(images[i:i + cfg.batch_size], cfg.device)
+        x = to_float(images[i:i + cfg.batch_size].copy(), cfg.device)  # a memory map is read-only
         x = prepare(distortion(x, generator=generator) if distortion else x, cfg.img_size)
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             found.append(vit(x).cls.clone())  # a view would keep the patches in memory
@@ -341,7 +341,7 @@ def train(objective, teacher, images, labels, cfg, checkpoint=None, held_out=Non
     groups = [{"params": [p for p in objective.parameters() if (p.ndim in (2, 4)) == decay],
                "weight_decay": cfg.weight_decay * decay} for decay in (True, False)]
     optimizer = torch.optim.AdamW(groups, cfg.lr, fused=True)  # decays matrices and kernels alone
-    start, log, sums = 0, [], torch.zeros(4, device=cfg.device)  # of loss, then terms
+    start, log, sums = 0, [], torch.zeros(4, device=cfg.device)  # of loss and terms
     if checkpoint:
         start, log, sums = checkpoint["step"], checkpoint["log"], checkpoint["sums"].to(cfg.device)
         objective.load_state_dict(checkpoint["objective"])
@@ -353,9 +353,10 @@ def train(objective, teacher, images, labels, cfg, checkpoint=None, held_out=Non
     share = slice(RANK * size // WORLD, (RANK + 1) * size // WORLD)  # of the batch, this process's
     distortion, generator = distortion_of(cfg), torch.Generator(cfg.device)
     bad_step, target = torch.full((), math.inf, device=cfg.device), None
-    memory = {}  # image: what the teacher made of it, which no later epoch changes, if it all fits
-    live, times, seen = sys.stderr.isatty(), [], start
-    bar = tqdm(desc=cfg.method, total=total, initial=start, disable=RANK > 0 or not live)
+    room = 4e9 if WORLD == 1 and total > per_epoch else 0  # bytes for the teacher's features, which
+    memory = {}  # no epoch changes; image index: cls [D], patches [N, D], maps [heads, T, T]
+    live, times, reported = RANK == 0 and sys.stderr.isatty(), [], start
+    bar = tqdm(None, cfg.method if teacher else "scratch", total, initial=start, disable=not live)
     clock = saved = time.perf_counter()
     for step in range(start, total):
         epoch, i = divmod(step, per_epoch)
@@ -371,12 +372,12 @@ def train(objective, teacher, images, labels, cfg, checkpoint=None, held_out=Non
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             if memory.keys() >= {*own}:
                 cls, patches, *maps = map(torch.stack, zip(*(memory[j] for j in own)))
-                target = Features(cls, patches, maps)
+                target = Features(cls, patches, tuple(maps))
             elif cfg.method != "supervised":
                 target = look(clean[share])
-                parts = list(zip(target.cls, target.patches, *target.attn))
-                if total > per_epoch and sum(t.nbytes for t in parts[0]) * len(labels) < 4e9:
-                    memory.update(zip(own, parts))
+                parts = target.cls, target.patches, *target.attn
+                if sum(t[0].nbytes for t in parts) * len(labels) < room:
+                    memory.update((j, [t.clone() for t in p]) for j, p in zip(own, zip(*parts)))
             loss, terms = step_fn(distorted[share], target, torch.from_numpy(labels[own]))
         optimizer.zero_grad()
         loss.backward()
@@ -387,13 +388,13 @@ def train(objective, teacher, images, labels, cfg, checkpoint=None, held_out=Non
             dist.all_reduce(stats)
         sums[:len(stats)] += stats
         bad_step = torch.where((norm + stats[0]).isfinite(), bad_step, bad_step.clamp(max=step + 1))
-        ends, unseen = step + 1 == total or i + 1 == per_epoch, time.perf_counter() - clock
-        if RANK or not (ends or step < start + 3 or unseen > (0.3 if live else 10)):
+        ends, waited = step + 1 == total or i + 1 == per_epoch, time.perf_counter() - clock
+        if RANK or not (ends or step < start + 3 or waited > (0.3 if live else 10)):
             continue  # what follows waits for the device
         *values, bad = torch.cat([stats, bad_step[None]]).tolist()
         check(bad == math.inf, f"loss or gradient not finite at step {bad:.0f}: try a lower --lr")
-        times = [] if seen == start + 3 else times  # drop those of three warm-up steps
-        times.append((time.perf_counter() - clock) / (step + 1 - seen))
+        times = [] if reported == start + 3 else times  # drop those of three warm-up steps
+        times.append((time.perf_counter() - clock) / (step + 1 - reported))
         row = dict(zip(("loss", *terms), values), images_per_s=size / float(np.median(times)))
         bar.update(step + 1 - bar.n)
         bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
@@ -410,7 +411,7 @@ def train(objective, teacher, images, labels, cfg, checkpoint=None, held_out=Non
             write(f"{cfg.out}/last.pt", dict(step=step + 1, total=total, log=log, sums=sums,
                   optimizer=optimizer.state_dict(), objective=objective.state_dict()))
             saved = time.perf_counter()
-        seen, clock = step + 1, time.perf_counter()
+        reported, clock = step + 1, time.perf_counter()
     bar.close()
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -462,11 +463,11 @@ def run(main):  # bad input, too little memory and Ctrl-C end in one line
     try:
         return main()
     except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted; distill.py goes on with: python {shlex.join(sys.argv)} --resume")
-    except (ValueError, OSError, ImportError) as e:  # one from a worker ends a traceback
+        sys.exit("\ninterrupted; distill.py goes on with the same options and --resume")
+    except (ValueError, OSError, ImportError) as e:  # a worker's ends a traceback
         message = str(e).strip().split("\n")[-1].removeprefix("ValueError: ")
     except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
-        if "memory" not in repr(e).lower():
+        if not any(text in repr(e) for text in ("MemoryError", "out of memory", "allocate memory")):
             raise
         message = "out of memory: lower --batch-size or --img-size"
     print("error:", message, file=sys.stderr)
@@ -504,9 +505,8 @@ def main():
     if cfg.resume:
         check(os.path.exists(config), f"nothing to resume in {cfg.out}: it has no config.json")
         before = json.loads(pathlib.Path(config).read_text())
-        for name in vars(cfg):
-            free = name in ("device", "workers", "compile", "out", "root", "resume")
-            check(free or before.get(name) == getattr(cfg, name), f"--{name.replace('_', '-')} was "
+        for name in [n for n in OPTIONS if n not in "device workers compile out root".split()]:
+            check(before.get(name) == getattr(cfg, name), f"--{name.replace('_', '-')} was "
                   f"{before.get(name)} in {cfg.out}, now it is {getattr(cfg, name)}")
         checkpoint = read_file(last) if os.path.exists(last) else None
         check(checkpoint is None or "total" in {*checkpoint}, f"{last} is damaged: delete it")
@@ -515,14 +515,15 @@ def main():
     check(cfg.resume or not os.path.exists(last), f"{cfg.out} holds a run: use --resume or --out")
     check(cfg.batch_size % WORLD == 0, f"--batch-size {cfg.batch_size} does not split into {WORLD}")
     if WORLD > 1:
-        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
+        day = datetime.timedelta(days=1)  # for a long download or decoding
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=day)
     if cfg.device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     if LOCAL_RANK:  # a machine's first process downloads and decodes alone
         dist.barrier()
-    torch.manual_seed(cfg.seed)
     path = f"{cfg.out}/teacher.pth" if checkpoint else cfg.weights
     images, labels, test, test_y = load_data(cfg, labelled=cfg.method == "supervised")
+    torch.manual_seed(cfg.seed)
     known = labels[labels >= 0]  # all but STL-10's unlabelled images, which come last
     teacher = ViT(cfg.img_size, 8, 128, 4, 2) if path == "scratch" else load_vit(path, cfg.img_size)
     if WORLD > 1 and not LOCAL_RANK:

@@ -131,13 +131,12 @@ def main():
     data = load_data(cfg, labelled=True)
     rows, shares = evaluate(cfg, vits, data, cfg.labels, cfg.seeds)
     write(f"{cfg.out}/results.json", json.dumps(dict(config=vars(cfg), rows=rows, labels=shares)))
-    heads = ["cos T", "cos S", "probe T", "probe S", "clean T", "clean S", "recovered"]
-    keys = [f"{key}_{who}" for key in ("cos", "probe", "clean_probe") for who in vits]
-    print("in % (* trained; T: teacher)", *(f"{head:>11}" for head in heads))
+    keys = [f"{k}_{who}" for k in ("cos", "probe", "clean_probe") for who in vits] + ["recovered"]
+    print(f"{'in % (* trained)':24}", *(f"{key.replace('_', ' ')[:13]:>13}" for key in keys))
     for row in [*rows, *({"distortion": f"{s['share']:g} of the labels", **s} for s in shares)]:
-        cells = [100 * np.array(row.get(key) or [np.nan] * 2) for key in [*keys, "recovered"]]
+        cells = [100 * np.array(row.get(key) or [np.nan] * 2) for key in keys]
         cells = [f"{mean:.1f} ± {std:.1f}".replace("nan ± nan", "-") for mean, std in cells]
-        print(f"{row['distortion'] + ' *' * row.get('seen', 0):28}", *(f"{c:>11}" for c in cells))
+        print(f"{row['distortion'] + ' *' * row.get('seen', 0):24}", *(f"{c:>13}" for c in cells))
     draw_attention(f"{cfg.out}/attention.png", cfg, vits, data[2][subset(data[3], 6, cfg.seed)])
 
 if __name__ == "__main__":
