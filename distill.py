@@ -370,14 +370,14 @@ def train(objective, teacher, images, labels, cfg, checkpoint=None, held_out=Non
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * ((step + 1) / warmup if step < warmup else cosine)
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            if memory.keys() >= {*own}:
-                cls, patches, *maps = map(torch.stack, zip(*(memory[j] for j in own)))
-                target = Features(cls, patches, tuple(maps))
-            elif cfg.method != "supervised":
+            if cfg.method != "supervised" and not {*own} <= memory.keys():
                 target = look(clean[share])
                 parts = target.cls, target.patches, *target.attn
                 if sum(t[0].nbytes for t in parts) * len(labels) < room:
                     memory.update((j, [t.clone() for t in p]) for j, p in zip(own, zip(*parts)))
+            if {*own} <= memory.keys():
+                cls, patches, *maps = map(torch.stack, zip(*(memory[j] for j in own)))
+                target = Features(cls, patches, tuple(maps))
             loss, terms = step_fn(distorted[share], target, torch.from_numpy(labels[own]))
         optimizer.zero_grad()
         loss.backward()

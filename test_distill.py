@@ -887,6 +887,21 @@ def test_embedding_keeps_no_patches_in_memory():
     assert (max(pages) - pages[0]) * os.sysconf("SC_PAGE_SIZE") < 4e8
 
 
+def test_a_compiled_run_compiles_each_graph_once(world, tmp_path, monkeypatch):
+    compiled, graphs = torch.compile, []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **more: compiled(f, backend=count, **more))
+    for name in ("off", "on"):
+        more = ["--noise", 0.2, "--epochs", 4, "--batch-size", 10, "--compile", name]
+        assert call(monkeypatch, distill, *options(world, tmp_path / name, *more)) == 0
+    assert len(graphs) == 2  # the teacher's features and the student's loss, whole
+    assert same(tmp_path / "off", tmp_path / "on")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, monkeypatch, capsys):
     state = torch.load(world / "vit.pth", weights_only=True)
     state["norm.weight"][0] = float("nan")
