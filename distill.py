@@ -353,8 +353,8 @@ def train(objective, teacher, images, labels, cfg, checkpoint=None, held_out=Non
     share = slice(RANK * size // WORLD, (RANK + 1) * size // WORLD)  # of the batch, this process's
     distortion, generator = distortion_of(cfg), torch.Generator(cfg.device)
     bad_step, target = torch.full((), math.inf, device=cfg.device), None
-    room = 4e9 if WORLD == 1 and total > per_epoch else 0  # bytes for the teacher's features, which
-    memory = {}  # no epoch changes; image index: cls [D], patches [N, D], maps [heads, T, T]
+    room = 4e9 if WORLD == 1 and total > per_epoch else 0  # bytes, at most, in memory
+    memory = {}  # image index: the teacher's cls [D], patches [N, D] and maps, alike in all epochs
     live, times, reported = RANK == 0 and sys.stderr.isatty(), [], start
     bar = tqdm(None, cfg.method if teacher else "scratch", total, initial=start, disable=not live)
     clock = saved = time.perf_counter()
