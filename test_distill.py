@@ -902,6 +902,15 @@ def test_a_compiled_run_compiles_each_graph_once(world, tmp_path, monkeypatch):
     assert same(tmp_path / "off", tmp_path / "on")
 
 
+def test_fresh_weights_are_the_seed_s_whether_images_were_decoded_or_not(
+    world, tmp_path, monkeypatch
+):
+    more = ["--method", "supervised", "--max-steps", 3, "--root", tmp_path / "cache"]
+    for name in ("decoding", "decoded"):
+        assert call(monkeypatch, distill, *options(world, tmp_path / name, *more)) == 0
+    assert same(tmp_path / "decoding", tmp_path / "decoded")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, monkeypatch, capsys):
     state = torch.load(world / "vit.pth", weights_only=True)
     state["norm.weight"][0] = float("nan")
