@@ -1,143 +1,225 @@
 # SPDX-License-Identifier: MIT
-"""Evaluate a run of distill.py: what distortion took, what the student won back, and whether that
-holds for distortions it never saw. Prints a table; writes results.json and attention.png."""
-import argparse, functools, json, math, pathlib
-import numpy as np, torch, torch.nn.functional as F
+"""Evaluate a run of distill.py: what distortions cost its teacher and what its student wins back,
+also of kinds never seen in training. Prints a table; writes results.json and attention.png.
+"""
+import argparse
+import json
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
-from distill import (OPTIONS, check, describe, distort, distortion_of, embed, settle,
-                     load_data, load_vit, number, prepare, run, subset, to_float, write)
+
+from distill import (
+    UserError,
+    balanced_subset,
+    best_device,
+    describe,
+    distort,
+    embed,
+    load_data,
+    load_vit,
+    prepare,
+    read_config,
+    read_image,
+    run,
+    severities_of,
+    to_float,
+    write,
+)
+
+HELD_OUT = [  # severities, the same for every run
+    {"blur": 0.7}, {"blur": 1.4}, {"noise": 0.15}, {"noise": 0.3}, {"mask": 0.25}, {"mask": 0.5},
+    {"salt": 0.1}, {"contrast": 0.7}, {"blur": 0.7, "noise": 0.1, "mask": 0.2},
+]
 
 # ---- The linear probe ----------------------------------------------------------------------------
+
 def fit_probe(x, y):
-    """Multinomial logistic regression on features x [N, D] and integer labels y [N]: a function of
-    features [M, D] to labels [M]. L-BFGS minimizes mean cross-entropy + strength * |weights|^2 on
-    standardized features, with the strength of six that is best on a held-out fifth (below 2,000
-    images, on all in turn). Deterministic. Raises ValueError for bad shapes, values not finite."""
-    x, y = torch.as_tensor(x).float(), torch.as_tensor(y)
-    if x.ndim != 2 or y.shape != x.shape[:1] or len(x) == 0 or not x.isfinite().all():
-        raise ValueError(f"not finite x [N, D] with labels [N]: {list(x.shape)}, {list(y.shape)}")
-    classes, y = y.to(x.device).unique(return_inverse=True)
-    mean, std = x.mean(0), x.std(0, correction=0)
-    std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # / inf: constants become 0
-    def columns(x):  # [D + 1, N], which multiplies fastest; the last row is the bias's
-        return torch.cat([((x - mean) / std).T, x.new_ones(1, len(x))])
-    def solve(x, y, strength, weights):  # weights [classes, D + 1] to start from
+    """Multinomial logistic regression of labels y [N] on features x [N, D], as a function from
+    features [M, D] to labels [M].
+
+    Features are standardized; L-BFGS minimizes cross-entropy + strength * |weights|^2, with that of
+    six strengths which is best on a held-out fifth. Deterministic. Raises ValueError for other
+    shapes, no images, and features that are not finite.
+    """
+    x = torch.as_tensor(x).detach().float()
+    y = torch.as_tensor(y).to(x.device)
+    if x.ndim != 2 or y.shape != x.shape[:1] or len(y) == 0 or not x.isfinite().all():
+        raise ValueError(f"x {list(x.shape)}, y {list(y.shape)} are not finite [N, D] and [N]")
+    mean = x.mean(dim=0)
+    std = x.std(dim=0, correction=0)
+    std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # a constant feature counts as 0
+
+    def scores(x, weights):  # [N, classes]; the last column of weights [classes, D + 1] is the bias
+        return F.linear((x - mean) / std, weights[:, :-1], weights[:, -1])
+
+    def solve(x, y, strength):
+        weights = torch.zeros(len(classes), x.shape[1] + 1, device=x.device, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
         def loss():
             optimizer.zero_grad()
-            value = F.cross_entropy((weights @ x).T, y) + strength * weights[:, :-1].square().sum()
+            fit = F.cross_entropy(scores(x, weights), y)
+            value = fit + strength * weights[:, :-1].square().sum()
             value.backward()
             return value
-        weights = weights.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([weights], max_iter=100, tolerance_change=1e-5,
-                                      line_search_fn="strong_wolfe")
-        optimizer.step(torch.enable_grad()(loss))
+        optimizer.step(loss)
         return weights.detach()
-    strengths, zero = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5), x.new_zeros(len(classes), x.shape[1] + 1)
-    fifth = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(x.device) % 5
-    right, x = [0] * len(strengths), columns(x)
-    for part in range(0 if len(y) < 10 else 5 if len(y) < 2000 else 1):
-        held, weights = fifth == part, zero
-        kept_x, kept_y = x[:, ~held], y[~held]
-        for i, strength in enumerate(strengths):  # each starts where the stronger one ended
-            weights = solve(kept_x, kept_y, strength, weights)
-            right[i] += ((weights @ x[:, held]).argmax(0) == y[held]).sum().item()
-    weights = solve(x, y, strengths[right.index(max(right))], zero)
-    return lambda x: classes[(weights @ columns(torch.as_tensor(x).to(mean))).argmax(0)]
+
+    with torch.inference_mode(False), torch.enable_grad():
+        x, mean, std = x.clone(), mean.clone(), std.clone()  # inference tensors take no gradient
+        classes, y = y.unique(return_inverse=True)
+        chance = torch.Generator().manual_seed(0)
+        held = (torch.randperm(len(y), generator=chance) < len(y) // 5).to(x.device)
+        best = (-1, 0.0)
+        for strength in (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
+            weights = solve(x[~held], y[~held], strength)
+            right = (scores(x[held], weights).argmax(dim=1) == y[held]).sum().item()
+            best = max(best, (right, strength))
+        weights = solve(x, y, best[1])
+    return lambda x: classes[scores(torch.as_tensor(x).detach().to(mean), weights).argmax(dim=1)]
+
+def accuracy(predict, x, y):
+    return (predict(x).cpu() == torch.as_tensor(y).cpu()).float().mean().item()
 
 def linear_probe(train_x, train_y, test_x, test_y):
     """The test accuracy, in [0, 1], of fit_probe on the training features and labels."""
-    return np.mean(fit_probe(train_x, train_y)(test_x).cpu().numpy() == np.asarray(test_y)).item()
+    return accuracy(fit_probe(train_x, train_y), test_x, test_y)
 
-# ---- The evaluation ------------------------------------------------------------------------------
-HELD_OUT = {  # name: images [B, 3, H, W] in [0, 1] and a generator -> distorted images
-    **{f"{kind}={value}": functools.partial(distort, **{kind: value}) for kind, values in dict(
-        noise=(0.12, 0.45), blur=(0.7, 1.4), mask=(0.35, 0.65)).items() for value in values},
-    "salt-and-pepper=0.1": lambda x, generator: (dice := torch.rand(
-        x.shape, generator=generator, device=x.device)).lt(0.05) + x * dice.ge(0.1),
-    "contrast=0.3": lambda x, generator: 0.5 + 0.3 * (x - 0.5),
-    "pixelate=2": lambda x, generator: F.interpolate(F.avg_pool2d(x, 2), x.shape[2:]),
-    "square=0.5": lambda x, generator: x * F.interpolate(  # black, in the middle, of half the side
-        F.pad(x.new_zeros(1, 1, 2, 2), (1, 1, 1, 1), value=1), x.shape[2:])}
-FIXED = ("clean", "blur=0.7", "blur=1.4", "contrast=0.3", "pixelate=2", "square=0.5")  # chance-free
+# ---- The table -----------------------------------------------------------------------------------
+
+def probe_both(features, labels, test_labels):
+    """The accuracy of each ViT's own probe, from {"teacher": (training, test), "student": …}."""
+    return {f"probe_{who}": linear_probe(x, labels, test_x, test_labels)
+            for who, (x, test_x) in features.items()}
+
+def summary(runs):
+    """[mean, standard deviation] over runs of each figure, None where a run has none."""
+    result = {}
+    for key in runs[0]:
+        values = [figures[key] for figures in runs]
+        result[key] = None if None in values else [float(np.mean(values)), float(np.std(values))]
+    return result
 
 def evaluate(cfg, vits, data, shares, seeds):
-    """Rows and label shares of results.json; figures are [mean, standard deviation] over seeds."""
+    """The rows and the label shares of results.json."""
     images, labels, test_images, test_labels = data
-    trained, rows, runs_by_share = describe(cfg), [], {share: [] for share in shares}
-    table = {"clean": None, trained: distortion_of(cfg), **HELD_OUT}
-    def features(name, seed):  # of training and of test images, of either ViT
-        return [{who: embed(vit, part, cfg, table[name], 2 * seed + i) for who, vit in vits.items()}
-                for i, part in enumerate((images, test_images))]
-    def probes(train, test, keep=slice(None)):
-        return {f"probe_{who}": linear_probe(train[who][keep], labels[keep], test[who], test_labels)
-                for who in vits}
-    def summary(runs):
-        columns = {key: [run[key] for run in runs] for key in runs[0]}
-        return {key: None if None in values else [float(np.mean(values)), float(np.std(values))]
-                for key, values in columns.items()}
-    clean = features("clean", 0)
-    clean_probe = fit_probe(clean[0]["teacher"], labels)
-    for name in tqdm(table, "evaluating", disable=None):
+    clean = embed(vits["teacher"], test_images, cfg, {})
+    clean_probe = fit_probe(embed(vits["teacher"], images, cfg, {}), labels)
+    clean_accuracy = accuracy(clean_probe, clean, test_labels)
+    tests = [({}, False), (severities_of(cfg), cfg.one_of), *((kinds, False) for kinds in HELD_OUT)]
+    rows = []
+    label_runs = {share: [] for share in shares}
+    for severities, one_of in tqdm(tests, "evaluating", disable=None):
+        seen = len(rows) == 1
         runs = []
-        for seed in range(seeds if name == trained or name not in FIXED else 1):
-            train, test = clean if name == "clean" else features(name, seed)
-            run = probes(train, test)
-            for who, found in test.items():
-                run[f"cos_{who}"] = F.cosine_similarity(found, clean[1]["teacher"]).mean().item()
-                run[f"clean_probe_{who}"] = np.mean(clean_probe(found).cpu().numpy() == test_labels)
-            lost = rows[0]["probe_teacher"][0] - run["probe_teacher"] if rows else 0
-            won = run["probe_student"] - run["probe_teacher"]
-            runs.append({**run, "recovered": won / lost if lost >= 0.01 else None})
-            for share in shares if name == trained else ():
-                n = max(round(share * len(labels)), len(np.unique(labels)))
-                runs_by_share[share].append(probes(train, test, subset(labels, n, seed)))
-        rows.append({"distortion": name, "seen": name == trained != "clean", **summary(runs)})
-    return rows, [{"share": share, **summary(runs)} for share, runs in runs_by_share.items()]
+        for seed in range(seeds if severities else 1):
+            features = {}
+            for who, vit in vits.items():
+                x = embed(vit, images, cfg, severities, one_of, 2 * seed)
+                features[who] = x, embed(vit, test_images, cfg, severities, one_of, 2 * seed + 1)
+            figures = probe_both(features, labels, test_labels)
+            for who, (_, test_x) in features.items():
+                figures[f"cos_{who}"] = F.cosine_similarity(test_x, clean).mean().item()
+                figures[f"clean_probe_{who}"] = accuracy(clean_probe, test_x, test_labels)
+            lost = clean_accuracy - figures["probe_teacher"]
+            won = figures["probe_student"] - figures["probe_teacher"]
+            figures["recovered"] = won / lost if lost >= 0.01 else None
+            runs.append(figures)
+            for share in shares if seen else []:
+                kept = balanced_subset(labels, math.ceil(share * len(labels)), seed)
+                fewer = {who: (x[kept], test_x) for who, (x, test_x) in features.items()}
+                label_runs[share].append(probe_both(fewer, labels[kept], test_labels))
+        rows.append({"distortion": describe(severities, one_of), "seen": seen, **summary(runs)})
+    return rows, [{"share": share, **summary(runs)} for share, runs in label_runs.items()]
+
+def print_table(rows, trained):
+    """Figures in %; ** marks the distortion trained on, * those of a kind trained on."""
+    keys = ["cos", "probe", "clean_probe"]
+    columns = [f"{key}_{who}" for key in keys for who in ("teacher", "student")] + ["recovered"]
+    print(f"{'in %':31}", *(f"{column.replace('_', ' '):>19}" for column in columns))
+    for row in rows:
+        kinds = [name for name in trained if name in row["distortion"]]
+        mark = "**" if row.get("seen") else "*" * bool(kinds)
+        cells = []
+        for column in columns:
+            mean, std = row.get(column) or (math.nan, math.nan)
+            cells.append(f"{100 * mean:.1f} ± {100 * std:.1f}")
+        print(f"{row['distortion'][:28]:28} {mark:2}", *(f"{cell:>19}" for cell in cells))
+
+# ---- The picture ---------------------------------------------------------------------------------
 
 @torch.inference_mode()
 def draw_attention(path, cfg, vits, images):
-    """Save a row per image: clean, distorted, and where the global token looks (see README)."""
+    """Save a row for each uint8 image [S, S, 3]: clean; distorted, as strongly as in training; and,
+    over the clean image in grey, where the last block's global token looks (mean of the heads): the
+    teacher at the clean image, then the teacher and the student at the distorted one.
+    """
     from PIL import Image  # which torchvision brings
     clean = to_float(images, cfg.device)
-    distorted = distortion_of(cfg)(clean, generator=torch.Generator(cfg.device).manual_seed(0))
-    columns, zoom = [clean, distorted], -(-160 // clean.shape[2])
-    for who, x in (("teacher", clean), ("teacher", distorted), ("student", distorted)):
-        attn = vits[who](prepare(x, cfg.img_size), attn_blocks=1).attn[0]  # [B, heads, T, T]
-        heat = attn[:, :, 0, 1 + vits[who].num_registers:].mean(1)  # [B, N]
-        heat = (heat / heat.amax(1, keepdim=True)).view(len(x), 1, *[math.isqrt(heat.shape[1])] * 2)
-        heat = F.interpolate(heat, x.shape[2:], mode="bilinear")
-        columns.append(0.35 * x + 0.65 * torch.cat([3 * heat - i for i in range(3)], 1).clamp(0, 1))
-    cells = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=1)  # [rows, columns, 3, h, w]
-    pixels = cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).mul(255).byte().cpu()
-    Image.fromarray(pixels.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()).save(path)
+    highest = {name: float(np.max(value)) for name, value in severities_of(cfg).items()}
+    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
+    distorted = distort(clean, generator, cfg.one_of, **highest)
+    columns = [clean, distorted]
+    for who, seen in (("teacher", clean), ("teacher", distorted), ("student", distorted)):
+        features = vits[who](prepare(seen, cfg.img_size), attn_blocks=1)
+        num_patches = features.patches.shape[1]
+        heat = features.attn[0][:, :, 0, -num_patches:].mean(dim=1)  # [B, N]
+        heat = heat / heat.amax(dim=1, keepdim=True)
+        heat = heat.unflatten(1, (1, math.isqrt(num_patches), -1))
+        heat = F.interpolate(heat, clean.shape[2:], mode="bilinear")
+        colour = torch.cat([3 * heat, 3 * heat - 1, 3 * heat - 2], dim=1).clamp(0, 1)
+        columns.append(0.4 * clean.mean(dim=1, keepdim=True) + 0.6 * colour)
+
+    cells = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=1.0)  # [B, 5, 3, S + 2, S + 2]
+    pixels = (255 * cells).byte().permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu().numpy()
+    zoom = math.ceil(160 / clean.shape[2])
+    Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(path)
+
+# ---- The command line ----------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    add, parser.error = parser.add_argument, functools.partial(check, False)
-    add("out", metavar="run_dir", help="a folder that distill.py wrote")
-    add("--labels", type=number(float, 1e-9, 1), nargs="+", default=[1.0], help="shares [1.0]")
-    add("--seeds", type=number(int, 1), default=3, help="draws of distortions and labels [3]")
-    for name in ("max_images", "batch_size", "device", "dtype", "workers", "data", "root"):
-        kind = {"choices": kind} if isinstance(kind := OPTIONS[name][0], tuple) else {"type": kind}
-        add("--" + name.replace("_", "-"), **kind, help="[the run's; see README]")
-    args = parser.parse_args()
-    cfg = argparse.Namespace(**json.loads(pathlib.Path(args.out, "config.json").read_text()))
-    cfg.device = "cpu" if cfg.device == "cpu" else "auto"
-    vars(cfg).update({name: value for name, value in vars(args).items() if value is not None})
-    cfg.max_images = cfg.max_images or {"textures": 2000}.get(cfg.data)  # probes in a minute
-    settle(cfg)
-    vits = {who: load_vit(f"{cfg.out}/{who}.pth", cfg.img_size).to(cfg.device)
-            for who in ("teacher", "student")}
-    data = load_data(cfg, labelled=True)
-    rows, shares = evaluate(cfg, vits, data, cfg.labels, cfg.seeds)
-    write(f"{cfg.out}/results.json", json.dumps(dict(config=vars(cfg), rows=rows, labels=shares)))
-    keys = [f"{k}_{who}" for k in ("cos", "probe", "clean_probe") for who in vits] + ["recovered"]
-    print(f"{'in % (* trained)':24}", *(f"{key.replace('_', ' ')[:13]:>13}" for key in keys))
-    for row in [*rows, *({"distortion": f"{s['share']:g} of the labels", **s} for s in shares)]:
-        cells = [100 * np.array(row.get(key) or [np.nan] * 2) for key in keys]
-        cells = [f"{mean:.1f} ± {std:.1f}".replace("nan ± nan", "-") for mean, std in cells]
-        print(f"{row['distortion'] + ' *' * row.get('seen', 0):24}", *(f"{c:>13}" for c in cells))
-    draw_attention(f"{cfg.out}/attention.png", cfg, vits, data[2][subset(data[3], 6, cfg.seed)])
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the folder of a run of distill.py")
+    add("--pictures", nargs="+", metavar="FILE", help="only draw these images")
+    add("--labels", type=float, nargs="+", default=[1.0], help="shares of the labels [1.0]")
+    add("--seeds", type=int, default=3, help="draws of distortions and labels [3]")
+    add("--max-images", type=int, help="of either split [the run's; of stripes 500]")
+    add("--batch-size", type=int, help="[the run's]")
+    add("--device", help="[the run's, or the best there is]")
+    add("--dtype", choices=["float32", "bfloat16"], help="[the run's]")
+    add("--workers", type=int, help="[the run's]")
+    add("--data", help="[the run's]")
+    add("--root", help="[the run's]")
+    config = read_config(parser.parse_args().run)
+    if config["device"] != "cpu":
+        config["device"] = best_device()
+    if config["data"] == "stripes":
+        config["max_images"] = config["max_images"] or 500
+    parser.set_defaults(**config)
+    cfg = parser.parse_args()
+    if min(cfg.seeds, cfg.batch_size, cfg.max_images or 1) < 1:
+        raise UserError("--seeds, --batch-size or --max-images is below 1")
+    if not all(0 < share <= 1 for share in cfg.labels):
+        raise UserError("--labels are not shares above 0 and up to 1")
+
+    vits = {}
+    for who in ("teacher", "student"):
+        vits[who] = load_vit(f"{cfg.run}/{who}.pth", cfg.img_size).to(cfg.device)
+    if cfg.pictures:
+        images = np.stack([read_image(path, cfg.data_size) for path in cfg.pictures])
+    else:
+        data = load_data(cfg)
+        rows, shares = evaluate(cfg, vits, data, cfg.labels, cfg.seeds)
+        results = {"config": vars(cfg), "rows": rows, "labels": shares}
+        write(f"{cfg.run}/results.json", [json.dumps(results, indent=1).encode()])
+        trained = [name for name, value in severities_of(cfg).items() if np.any(value)]
+        named = [{"distortion": f"{100 * row['share']:g}% of the labels", **row} for row in shares]
+        print_table(rows + named, trained)
+        images = data[2][balanced_subset(data[3], 6, cfg.seed)]
+    draw_attention(f"{cfg.run}/attention.png", cfg, vits, images)
 
 if __name__ == "__main__":
     run(main)
