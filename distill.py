@@ -28,13 +28,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# Set by torchrun: this process's number, its number on its machine, and how many there are.
+# Set by torchrun: global rank, rank on this machine, number of processes.
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 class UserError(ValueError):
-    """What the user can mend: the message says what is wrong and what to do."""
+    """A mistake that the user can mend: the message says what is wrong and what to do."""
 
 @contextlib.contextmanager
 def explain(message, *errors):
@@ -44,9 +44,10 @@ def explain(message, *errors):
     except UserError:
         raise
     except errors as error:
-        raise UserError(f"{message}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())  # on one line
+        raise UserError(f"{message}: {reason}") from error
 
-# ---- The Vision Transformer: parameters are named as in DINO, DINOv2 and timm --------------------
+# ---- The Vision Transformer: parameters are named as in DINO and DINOv2 --------------------------
 
 class Features(NamedTuple):
     """What a ViT gives: embeddings after the final norm, and attention probabilities."""
@@ -72,7 +73,7 @@ class Attention(nn.Module):
     def forward(self, x, need_map):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, T, 3, heads, D / heads]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, D / heads]
-        # The fused kernel gives no map, and for bfloat16 on a CPU it takes 2 to 5 times as long.
+        # The fused kernel returns no map, and in bfloat16 on a CPU it is 2 to 5 times slower.
         if need_map or (q.dtype == torch.bfloat16 and q.device.type == "cpu"):
             logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, heads, T, T]
             attn = logits.float().softmax(dim=-1)
@@ -102,7 +103,7 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     def __init__(self, dim, num_heads, hidden_dim, layer_scale):
         super().__init__()
-        scale = LayerScale if layer_scale else nn.Identity
+        scale = LayerScale if layer_scale else nn.Identity  # Identity ignores its argument
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.ls1 = scale(dim)
@@ -118,7 +119,7 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A pre-norm Vision Transformer (arXiv 2010.11929) that also gives its attention maps; sizes in
     pixels a side, registers as in arXiv 2309.16588. Tokens: cls, registers, patches. Raises
-    ValueError where patch_size does not divide img_size, or num_heads embed_dim.
+    ValueError unless patch_size divides img_size and num_heads divides embed_dim.
     """
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0,
                  num_registers=0, layer_scale=False):
@@ -149,7 +150,7 @@ class ViT(nn.Module):
             raise ValueError(f"{attn_blocks} attention blocks of a ViT that has {len(self.blocks)}")
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        if self.num_registers:  # they have no position
+        if self.num_registers:  # they get no position embedding
             registers = self.register_tokens.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)  # [B, T, D]
 
@@ -166,23 +167,23 @@ class ViT(nn.Module):
 
 WEIGHTS = {  # name: the publisher's file
     "dinov2_vits14":
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
+      "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
     "dinov2_vitb14":
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+      "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
     "dinov2_vitl14":
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+      "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
     "dinov2_vits14_reg":
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
+      "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
     "dinov2_vitb14_reg":
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
+      "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
     "dinov2_vitl14_reg":
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
+      "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
     "dino_vits16":
-        "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+      "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
     "dino_vits8":
-        "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
+      "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
     "dino_vitb16":
-        "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+      "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
     "deit_tiny": "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth",
     "deit_small": "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth",
 }
@@ -190,12 +191,12 @@ WEIGHTS = {  # name: the publisher's file
 def read_tensors(path):
     """What torch.save wrote to a path or URL: only tensors in containers, so no file runs code."""
     load = torch.load
-    hint = f"{path} is damaged or holds more than tensors, replace or delete it"
-    if path in WEIGHTS.values():
+    hint = f"{path} is damaged or holds more than tensors; replace or delete it"
+    if path in WEIGHTS.values():  # a URL, which torch.hub downloads and keeps
         load = torch.hub.load_state_dict_from_url
         file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(path))
-        hint = (f"cannot load {path}, delete {file} if it is there, which is damaged; without a "
-                "network put it there, or use --weights PATH or --weights scratch")
+        hint = (f"cannot load {path}: delete {file} if it exists, it is damaged; without a network "
+                "put it there, or use --weights PATH or --weights scratch")
     with explain(hint, Exception):  # whatever the readers of zip files and pickles meet
         return load(path, map_location="cpu", weights_only=True)
 
@@ -207,7 +208,7 @@ def load_vit(weights, img_size):
     for unknown or damaged weights, without a network, for another architecture or an unfit size.
     """
     if weights not in WEIGHTS and not os.path.isfile(weights):
-        raise UserError(f"no weights {weights}: neither a file nor scratch, {', '.join(WEIGHTS)}")
+        raise UserError(f"--weights {weights} is neither a file nor scratch, {', '.join(WEIGHTS)}")
     state = read_tensors(WEIGHTS.get(weights, weights))
     with explain(f"{weights} does not fit", Exception):  # whatever a foreign file may lack
         state = state.get("model", state)
@@ -216,10 +217,10 @@ def load_vit(weights, img_size):
         kernel = state["patch_embed.proj.weight"]  # [D, 3, patch, patch]
         embed_dim, patch_size = kernel.shape[0], kernel.shape[-1]
         if embed_dim % 64:
-            raise ValueError(f"its width {embed_dim} is no multiple of 64")
+            raise ValueError(f"its width {embed_dim} is not a multiple of 64")
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
         registers = state.get("register_tokens", torch.empty(1, 0, embed_dim))
-        vit = ViT(img_size, patch_size, embed_dim, num_heads=embed_dim // 64,
-                  depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
+        vit = ViT(img_size, patch_size, embed_dim, depth, num_heads=embed_dim // 64,
                   mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / embed_dim,
                   num_registers=registers.shape[1], layer_scale="blocks.0.ls1.gamma" in state)
 
@@ -232,8 +233,7 @@ def load_vit(weights, img_size):
         vit.load_state_dict(state)  # copies the values
     return vit
 
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
 
 def prepare(images, img_size):
     """A ViT's input: images [B, 3, h, w] in [0, 1] resized bicubically to img_size pixels a side,
@@ -242,21 +242,20 @@ def prepare(images, img_size):
     if images.shape[2:] != (img_size, img_size):
         smaller = img_size < max(images.shape[2:])
         images = F.interpolate(images, (img_size, img_size), mode="bicubic", antialias=smaller)
-    mean = IMAGENET_MEAN.to(images.device, non_blocking=True)
-    std = IMAGENET_STD.to(images.device, non_blocking=True)
+    mean, std = IMAGENET.to(images.device, non_blocking=True)
     return (images - mean) / std
 
 # ---- Distortions ---------------------------------------------------------------------------------
-# To add one, write a function and a line in DISTORTIONS: its option, the names of runs and the
-# evaluation follow. A function takes images [B, 3, H, W] in [0, 1], each one's severity
-# [B, 1, 1, 1], the highest that it can be, and the source of random numbers. Its docstring is the
-# option's help; it raises ValueError where the highest is more than it can do.
+# To add one, write a function and list it in DISTORTIONS: its option, the names of runs and the
+# evaluation come for free. It takes images [B, 3, H, W] in [0, 1], a severity for each image
+# [B, 1, 1, 1], the upper end of the severities' range and a generator. Its docstring becomes the
+# option's help; it raises ValueError where the upper end is more than it can do.
 
 def blur(images, severity, highest, generator):
     """sigma of a Gaussian in pixels, with taps up to two sigma, edges reflected"""
     B, _, H, W = images.shape
     radius = math.ceil(2 * highest)
-    if radius >= min(H, W):
+    if radius >= min(H, W):  # reflection cannot pad further
         raise ValueError(f"blur {highest:g} is too wide for {H} x {W} pixels")
     offsets = torch.arange(-radius, radius + 1, device=images.device)
     taps = torch.exp(-0.5 * (offsets / severity.clamp(min=1e-3)) ** 2)  # [B, 1, 1, 2 * radius + 1]
@@ -270,7 +269,7 @@ def blur(images, severity, highest, generator):
 def contrast(images, severity, highest, generator):
     """share of the contrast lost, towards mid grey"""
     if highest > 1:
-        raise ValueError(f"contrast {highest:g} is more than 1, which is all")
+        raise ValueError(f"contrast {highest:g} is above 1, which leaves none")
     return images + severity * (0.5 - images)
 
 def noise(images, severity, highest, generator):
@@ -280,15 +279,15 @@ def noise(images, severity, highest, generator):
 def salt(images, severity, highest, generator):
     """share of pixels set to black or white, half each"""
     if highest > 1:
-        raise ValueError(f"salt {highest:g} is more than 1, which is all pixels")
+        raise ValueError(f"salt {highest:g} is above 1, which is all pixels")
     chance = torch.rand(images[:, :1].shape, generator=generator, device=images.device)
-    images = torch.where(chance < severity / 2, 0.0, images)
+    images = torch.where(chance < severity / 2, 0.0, images)  # the lowest black, the highest white
     return torch.where(chance >= 1 - severity / 2, 1.0, images)
 
 def mask(images, severity, highest, generator):
     """share of pixels set to black"""
     if highest > 1:
-        raise ValueError(f"mask {highest:g} is more than 1, which is all pixels")
+        raise ValueError(f"mask {highest:g} is above 1, which is all pixels")
     chance = torch.rand(images[:, :1].shape, generator=generator, device=images.device)
     return images * (chance >= severity)
 
@@ -312,13 +311,13 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images are {images.dtype} {list(images.shape)}, not float [B, 3, H, W]")
     if not 0 <= clean <= 1 or not severities.keys() <= DISTORTIONS.keys():
-        raise ValueError(f"clean {clean} is no share, or {[*severities]} not in {[*DISTORTIONS]}")
+        raise ValueError(f"clean {clean} is not in [0, 1], or {[*severities]} in {[*DISTORTIONS]}")
     kinds = {}
     for name in DISTORTIONS:
         value = severities.get(name, 0)
         pair = value if isinstance(value, (tuple, list)) else (value, value)
         if len(pair) != 2 or not 0 <= pair[0] <= pair[1] < math.inf:
-            raise ValueError(f"{name} {value} is neither a number from 0 nor a range of two")
+            raise ValueError(f"{name} {value} is neither a number >= 0 nor an ascending pair")
         if pair[1] > 0:
             kinds[name] = pair
     if not kinds or len(images) == 0:
@@ -326,15 +325,15 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
 
     with torch.autocast(images.device.type, enabled=False):
         images = images.float()
-        each = (len(images), 1, 1, 1)
+        per_image = (len(images), 1, 1, 1)
         source = {"generator": generator, "device": images.device}
-        choice = torch.randint(len(kinds), each, **source)
+        choice = torch.randint(len(kinds), per_image, **source)
         distorted = images
         for i, (name, (low, high)) in enumerate(kinds.items()):
-            severity = low + (high - low) * torch.rand(each, **source)
+            severity = low + (high - low) * torch.rand(per_image, **source)
             changed = DISTORTIONS[name](distorted, severity, high, generator)
             distorted = torch.where(choice == i, changed, distorted) if one_of else changed
-        unchanged = torch.rand(each, **source) < clean
+        unchanged = torch.rand(per_image, **source) < clean
         return torch.where(unchanged, images, distorted).clamp(0, 1)
 
 # ---- Losses --------------------------------------------------------------------------------------
@@ -345,13 +344,13 @@ def distill_loss(student, teacher, weights=(1, 1, 1)):
     "global" = 1 - cosine of cls; "patch" = 1 - cosine of each patch, averaged; "attn" = KL(teacher
     map || student map) in nats of each query's row, averaged over rows, heads, blocks and batch, 0
     without maps. In float32 also under autocast. Raises ValueError for unequal shapes and for
-    weights that are not three finite numbers from 0, one of them above 0.
+    weights that are not three finite numbers >= 0, not all 0.
     """
     if len(weights) != 3 or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-        raise ValueError(f"weights {weights} are not three finite numbers from 0, one above 0")
-    shapes, others = [[x.shape for x in (f.cls, f.patches, *f.attn)] for f in (student, teacher)]
-    if shapes != others:
-        raise ValueError(f"the student's and the teacher's features differ: {shapes}, {others}")
+        raise ValueError(f"weights {weights} are not three finite numbers >= 0, not all 0")
+    shapes = [x.shape for x in (student.cls, student.patches, *student.attn)]
+    if shapes != [x.shape for x in (teacher.cls, teacher.patches, *teacher.attn)]:
+        raise ValueError("the student's and the teacher's features differ in shape")
 
     with torch.autocast(student.cls.device.type, enabled=False):
         cls = 1 - F.cosine_similarity(student.cls.float(), teacher.cls.float(), dim=-1).mean()
@@ -377,7 +376,7 @@ def info_nce(student_cls, teacher_cls, temperature=0.1):
             dist.all_gather(shards, teacher_cls)
             teacher_cls = torch.cat(shards)
         logits = student_cls @ teacher_cls.T / temperature
-        own = RANK * len(student_cls) + torch.arange(len(student_cls), device=logits.device)
+        own = RANK * len(logits) + torch.arange(len(logits), device=logits.device)
         return F.cross_entropy(logits, own)
 
 class Objective(nn.Module):
@@ -388,7 +387,7 @@ class Objective(nn.Module):
         self.student = student
         self.teacher = teacher
         if cfg.method == "supervised":
-            self.head = nn.Linear(student.norm.weight.numel(), num_classes)
+            self.head = nn.Linear(student.cls_token.shape[-1], num_classes)
 
     def forward(self, clean, distorted, labels):
         """Images [B, 3, S, S] in [0, 1], labels [B]: the loss, and the terms of method distill."""
@@ -405,7 +404,7 @@ class Objective(nn.Module):
 
 # ---- Data: uint8 images [N, S, S, 3], in memory or memory-mapped, and integer labels [N] ---------
 
-NATIVE_SIZE = {"stripes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96}  # pixels a side
+NATIVE_SIZE = {"stripes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96}  # else a folder
 
 def draw_stripes(n, size, seed):
     """n images of a disc of stripes on a plain ground; the label is their direction, one of ten."""
@@ -431,7 +430,7 @@ def draw_stripes(n, size, seed):
 def list_data(cfg):
     """The training and the test split, as images, or the paths of image files, and labels."""
     if cfg.data == "stripes":
-        return [draw_stripes(n, cfg.data_size, seed) for n, seed in ((3000, 1), (1000, 0))]
+        return [draw_stripes(n, cfg.data_size, seed) for n, seed in ((5600, 1), (1000, 0))]
     with explain(f"torchvision does not work with torch {torch.__version__}", Exception):
         from torchvision import datasets
     if cfg.data not in NATIVE_SIZE:
@@ -445,7 +444,7 @@ def list_data(cfg):
         return [(np.array([path for path, _ in split.samples]), split.targets) for split in splits]
 
     dataset = getattr(datasets, cfg.data.upper())
-    names = ["train", "test"] if cfg.data == "stl10" else [True, False]
+    names = ["train", "test"] if cfg.data == "stl10" else [True, False]  # True: train
     offline = f"put {dataset.url} into {cfg.root}, or use --data stripes or --data FOLDER"
     with explain(f"cannot download {cfg.data}, {offline}", OSError, RuntimeError):
         splits = [dataset(cfg.root, name, download=True) for name in names]
@@ -455,7 +454,7 @@ def list_data(cfg):
 
 def read_image(path, size):
     """An image file as uint8 [size, size, 3]: the shorter side resized, the centre cropped."""
-    with explain(f"cannot read the image {path}, convert or remove it", Exception):
+    with explain(f"cannot read the image {path}; convert or remove it", Exception):
         from PIL import Image, ImageOps  # which torchvision brings
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith(("I", "F")):
@@ -470,14 +469,14 @@ def decode(paths, cfg):
     target = f"{cfg.root}/decoded-{cfg.data_size}-{key}.raw"
     if not os.path.exists(target):
         os.makedirs(cfg.root, exist_ok=True)
-        # Without batches, DataLoader's workers call collate_fn with one path at a time.
+        # With batch_size None a worker calls collate_fn on each path.
         read = functools.partial(read_image, size=cfg.data_size)
         loader = torch.utils.data.DataLoader(paths, None, num_workers=cfg.workers, collate_fn=read)
         write(target, (image.tobytes() for image in tqdm(loader, "decoding images", disable=None)))
     return np.memmap(target, np.uint8, "r", shape=(len(paths), cfg.data_size, cfg.data_size, 3))
 
 def write(path, chunks):
-    """Write bytes under a name of this process's own, then rename: path is whole or as it was."""
+    """Write bytes to a temporary file, then rename it, so that path is never half-written."""
     part = f"{path}.{os.getpid()}.part"
     try:
         with explain(f"cannot write {path}", OSError), open(part, "wb") as file:
@@ -491,17 +490,17 @@ def write(path, chunks):
             os.remove(part)
 
 def balanced_subset(labels, n, seed):
-    """The indices, ascending, of n images drawn by the seed, with classes as even as can be."""
+    """The indices, ascending, of n images drawn with this seed, classes as even as can be."""
     rng = np.random.default_rng(seed)
-    place = rng.random(len(labels))
+    place = rng.random(len(labels))  # an image's rank in its class plus a fraction
     for label in np.unique(labels):
         members = labels == label
-        place[members] += rng.permutation(members.sum())  # a class's k-th is between k and k + 1
+        place[members] += rng.permutation(members.sum())
     return np.sort(np.argsort(place)[:n])
 
 def load_data(cfg):
     """Training images, training labels, test images, test labels."""
-    arrays = []
+    four = []
     for images, labels in list_data(cfg):
         labels = np.array(labels, np.int64)
         kept = balanced_subset(labels, cfg.max_images or len(labels), cfg.seed)
@@ -512,14 +511,15 @@ def load_data(cfg):
             from PIL import Image
             size = (cfg.data_size, cfg.data_size)
             images = np.stack([np.asarray(Image.fromarray(image).resize(size)) for image in images])
-        arrays += [images, labels[kept]]
-    return arrays
+        four += [images, labels[kept]]
+    return four
 
 # ---- Training ------------------------------------------------------------------------------------
 
 def autocast(cfg):
-    device_type = torch.device(cfg.device).type
-    return torch.autocast(device_type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    """bfloat16 where the run asks for it."""
+    kind = cfg.device.split(":")[0]  # cuda of cuda:1
+    return torch.autocast(kind, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 def to_device(array, device):
     """A numpy array as a tensor; a GPU fetches it from pinned memory while the CPU goes on."""
@@ -537,7 +537,7 @@ def severities_of(cfg):
 
 @torch.inference_mode()
 def embed(vit, images, cfg, severities, one_of=False, seed=0):
-    """Global embeddings [N, D], float32, of uint8 images [N, S, S, 3] distorted by the seed."""
+    """Global embeddings [N, D], float32, of uint8 images [N, S, S, 3] distorted with this seed."""
     generator = torch.Generator(cfg.device).manual_seed(seed)
     found = []
     for start in range(0, len(images), cfg.batch_size):
@@ -561,14 +561,14 @@ def make_optimizer(objective, cfg):
     return torch.optim.AdamW(trained, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
 def train(objective, optimizer, images, labels, cfg, first_epoch=0):
-    """Train on uint8 images [N, S, S, 3]: a generator that yields a row of figures an epoch.
+    """Train on uint8 images [N, S, S, 3]: a generator that yields a row of figures per epoch.
 
     The order of images depends on (seed, epoch), the distortion of a batch on (seed, step): a
     step's number is the whole random state. Raises UserError where the loss is not finite.
     """
     steps_per_epoch = len(labels) // cfg.batch_size  # the last, ragged batch is left out
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
-    share = slice(RANK * cfg.batch_size // WORLD, (RANK + 1) * cfg.batch_size // WORLD)
+    own = slice(RANK, None, WORLD)  # this process's part of a batch
     generator = torch.Generator(cfg.device)
     model = torch.compile(objective, dynamic=False) if cfg.compile else objective
     if WORLD > 1:
@@ -580,30 +580,28 @@ def train(objective, optimizer, images, labels, cfg, first_epoch=0):
         steps = range(epoch * steps_per_epoch, min((epoch + 1) * steps_per_epoch, total_steps))
         bar = tqdm(steps, f"epoch {epoch + 1}", unit=" images", unit_scale=cfg.batch_size,
                    disable=RANK > 0 or not sys.stderr.isatty())
-        sums = 0
+        sums = 0  # of the gradient's norm, the loss and its terms
         for step in bar:
-            # Every process distorts the whole batch and takes its share: together they see what one
-            # process alone would see.
             first = (step - steps[0]) * cfg.batch_size
             batch = order[first:first + cfg.batch_size]
             clean = to_float(images[batch], cfg.device)
+            # All processes distort the whole batch alike: together they train as one would.
             generator.manual_seed(1_000_003 * cfg.seed + step)
             distorted = distort(clean, generator, cfg.one_of, cfg.clean, **severities_of(cfg))
-            own_labels = to_device(labels[batch[share]], cfg.device)
 
-            lr = learning_rate(step, total_steps, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            group = optimizer.param_groups[0]  # the only one
+            group["lr"] = learning_rate(step, total_steps, cfg)
             with autocast(cfg):
-                loss, terms = model(clean[share], distorted[share], own_labels)
+                own_labels = to_device(labels[batch[own]], cfg.device)
+                loss, terms = model(clean[own], distorted[own], own_labels)
             optimizer.zero_grad()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+            norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
             optimizer.step()
 
             figures = torch.stack([norm, loss, *terms.values()]).detach()
             sums = sums + figures
-            if step % 20 == 0 or step == steps[-1]:  # to read figures is to wait for the device
+            if step % 20 == 0 or step == steps[-1]:  # reading waits for the device
                 if not sums.isfinite().all():
                     raise UserError(f"loss or gradient not finite at step {step + 1}: lower --lr")
                 bar.set_postfix(zip(["norm", "loss", *terms], figures.tolist(), strict=True))
@@ -614,7 +612,7 @@ def train(objective, optimizer, images, labels, cfg, first_epoch=0):
         row = {"epoch": epoch + 1, "step": step + 1, "loss": means[1]}
         row.update(zip(["global", "patch", "attn"], means[2:] or [None] * 3, strict=True))
         seconds = time.perf_counter() - start
-        yield {**row, "lr": lr, "images_per_s": len(steps) * cfg.batch_size / seconds}
+        yield {**row, "lr": group["lr"], "images_per_s": len(steps) * cfg.batch_size / seconds}
 
 # ---- The command line ----------------------------------------------------------------------------
 
@@ -630,17 +628,17 @@ def add_options(parser):
     add("--img-size", type=int, help="pixels a side as the ViT sees them [224; scratch: data size]")
     for name, function in DISTORTIONS.items():
         add(f"--{name}", type=float, nargs="+", help=f"{function.__doc__}; two values: a range [0]")
-    add("--one-of", action="store_true", help="one of the distortions an image, not all [off]")
-    add("--clean", type=float, help="share of images that stay clean [0]")
+    add("--one-of", action="store_true", help="one distortion per image, not all [off, mixture on]")
+    add("--clean", type=float, help="share of images that stay clean [0, mixture 0.2]")
     add("--method", default="distill", choices=["distill", "contrastive", "supervised"])
     add("--loss-weights", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("G", "P", "A"),
         help="of the global, the patch and the attention term [1 1 1]")
     add("--attn-blocks", type=int, default=1, help="last blocks whose maps are compared [1]")
-    add("--epochs", type=int, default=10, help="[10]")
-    add("--pretrain-epochs", type=int, default=5, help="with labels, of a scratch teacher [5]")
+    add("--epochs", type=int, default=6, help="[6]")
+    add("--pretrain-epochs", type=int, default=3, help="with labels, of a scratch teacher [3]")
     add("--max-steps", type=int, help="where to stop if sooner than the epochs [none]")
-    add("--batch-size", type=int, default=64, help="over all processes together [64]")
-    add("--lr", type=float, help="peak learning rate [1e-4; scratch 3e-3]")
+    add("--batch-size", type=int, help="over all processes together [64; scratch 32]")
+    add("--lr", type=float, help="peak learning rate [1e-4; scratch 2e-3]")
     add("--weight-decay", type=float, default=0.05, help="[0.05]")
     add("--warmup", type=float, default=0.1, help="share of the steps [0.1]")
     add("--dtype", choices=["float32", "bfloat16"], help="[bfloat16 on a GPU that has it]")
@@ -656,7 +654,7 @@ def describe(severities, one_of):
     parts = []
     for name in DISTORTIONS:
         value = severities.get(name, 0)
-        low, high = value if isinstance(value, (tuple, list)) else (value, value)
+        low, high = np.min(value), np.max(value)
         if high > 0:
             parts.append(f"{name}={low:g}" if low == high else f"{name}={low:g}-{high:g}")
     return (" or " if one_of else "+").join(parts) or "clean"
@@ -666,6 +664,21 @@ def best_device():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
+def check_numbers(cfg):
+    """Raise UserError for numbers that are out of range or NaN."""
+    least = {"max_images": 1, "data_size": 1, "img_size": 1, "epochs": 1, "pretrain_epochs": 1,
+             "max_steps": 1, "batch_size": 1, "seeds": 1, "attn_blocks": 0, "workers": 0, "seed": 0,
+             "weight_decay": 0, "warmup": 0, "lr": 1e-12}
+    for name, low in least.items():
+        value = getattr(cfg, name, None)
+        if value is not None and not low <= value < 2**40:
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range, from {low}")
+
+def check_device(device):
+    """Raise UserError where there is no such device."""
+    with explain(f"there is no --device {device} here", RuntimeError, AssertionError):
+        torch.zeros(1, device=device)
+
 def set_defaults(cfg):
     """Fill in what depends on other options or on the machine."""
     mixture = all(getattr(cfg, name) is None for name in DISTORTIONS)
@@ -673,16 +686,12 @@ def set_defaults(cfg):
         vars(cfg).update(MIXTURE)
     for name in DISTORTIONS:  # one value is a number, two are a range
         values = getattr(cfg, name) or [0.0]
-        if len(values) > 2:
-            raise UserError(f"--{name} takes one value, or two for a range")
         setattr(cfg, name, values[0] if len(values) == 1 else values)
     label = "mixture" if mixture else describe(severities_of(cfg), cfg.one_of)
-    if cfg.clean:
-        label += f"-clean{cfg.clean:g}"
-    elif cfg.clean is None:
+    label += f"-clean{cfg.clean:g}" if cfg.clean else ""
+    label += f"-{cfg.method}" if cfg.method != "distill" else ""
+    if cfg.clean is None:
         cfg.clean = 0.2 if mixture else 0.0
-    if cfg.method != "distill":
-        label += f"-{cfg.method}"
     data = os.path.basename(os.path.abspath(cfg.data))
     cfg.out = cfg.out or f"runs/{data}-{label.replace('=', '').replace(' or ', '-or-')}"
 
@@ -690,7 +699,8 @@ def set_defaults(cfg):
     scratch = cfg.weights == "scratch"
     cfg.data_size = cfg.data_size or NATIVE_SIZE.get(cfg.data, 224)
     cfg.img_size = cfg.img_size or (cfg.data_size if scratch else 224)
-    cfg.lr = (3e-3 if scratch else 1e-4) if cfg.lr is None else cfg.lr
+    cfg.lr = cfg.lr or (2e-3 if scratch else 1e-4)
+    cfg.batch_size = cfg.batch_size or (32 if scratch else 64)
     cfg.device = cfg.device or best_device()
     on_gpu = cfg.device.startswith("cuda")
     fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -699,21 +709,14 @@ def set_defaults(cfg):
 
 def check_options(cfg):
     """Raise UserError for values that make no sense."""
-    least = {"max_images": 1, "data_size": 1, "img_size": 1, "epochs": 1, "pretrain_epochs": 1,
-             "max_steps": 1, "batch_size": 1, "attn_blocks": 0, "workers": 0, "seed": 0,
-             "weight_decay": 0, "warmup": 0, "lr": 1e-12}
-    for name, low in least.items():
-        value = getattr(cfg, name)
-        if value is not None and not low <= value < 2**40:
-            raise UserError(f"--{name.replace('_', '-')} {value} is out of range, it is from {low}")
     if cfg.warmup > 1 or cfg.batch_size % WORLD:
-        raise UserError(f"--warmup is above 1, or --batch-size no multiple of {WORLD} processes")
+        raise UserError(f"--warmup must be at most 1, --batch-size a multiple of {WORLD} processes")
     if cfg.weights == "scratch" and cfg.img_size % 8:
-        raise UserError(f"--img-size {cfg.img_size} is no multiple of 8, which scratch needs")
+        raise UserError(f"--img-size {cfg.img_size} is not a multiple of 8, as scratch needs")
 
-    # The distortions, the loss and the device know their own limits: try them on a black image.
-    with explain("an option is out of range", ValueError, RuntimeError, AssertionError):
-        black = torch.zeros(1, 3, cfg.data_size, cfg.data_size, device=cfg.device)
+    check_device(cfg.device)
+    with explain("an option is out of range", ValueError):  # the pieces know their own limits
+        black = torch.zeros(1, 3, cfg.data_size, cfg.data_size)
         distort(black, None, cfg.one_of, cfg.clean, **severities_of(cfg))
         distill_loss(Features(black, black), Features(black, black), cfg.loss_weights)
     distorted = cfg.clean < 1 and describe(severities_of(cfg), cfg.one_of) != "clean"
@@ -729,7 +732,7 @@ def read_config(folder):
         with open(f"{folder}/config.json") as file:
             config = json.load(file)
         if not {"data_size", "img_size", "attn_blocks"} <= set(config):
-            raise ValueError("config.json is of another program")
+            raise ValueError("its config.json is of another program")
     return {**config, "out": folder}
 
 def configure():
@@ -737,14 +740,15 @@ def configure():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add_options(parser)
     cfg = parser.parse_args()
+    check_numbers(cfg)
     if cfg.resume is None:
         set_defaults(cfg)
     else:
         typed = {word.split("=")[0] for word in sys.argv if word.startswith("--")}
         extra = typed - {"--resume", "--device", "--workers", "--compile", "--no-compile", "--root"}
         if extra:
-            raise UserError(f"--resume goes on with the run's own options, leave out {extra}")
-        parser.set_defaults(**read_config(cfg.resume))
+            raise UserError(f"--resume keeps the run's own options; leave out {', '.join(extra)}")
+        parser.set_defaults(**read_config(cfg.resume))  # what was typed overrides them
         cfg = parser.parse_args()
     check_options(cfg)
     compilers = [os.environ.get("CC", "cc"), os.environ.get("CXX", "g++")]
@@ -754,7 +758,7 @@ def configure():
     return cfg
 
 def save(path, content):
-    """torch.save, whole or not at all."""
+    """torch.save, which leaves a file whole or as it was."""
     buffer = io.BytesIO()  # because torch.save hides why it could not write to a disk
     torch.save(content, buffer)
     write(path, [buffer.getbuffer()])
@@ -780,23 +784,23 @@ def make_teacher(weights, labels, cfg):
     if cfg.batch_size > len(labels):
         raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(labels)} images")
     if labels.max() == 0 and (weights == "scratch" or cfg.method == "supervised"):
-        raise UserError("there is one class alone, so nothing to learn from labels")
+        raise UserError("there is only one class, so there is nothing to learn from labels")
     return teacher.to(cfg.device)
 
 def pretrain(teacher, images, labels, num_classes, cfg):
     """Train a teacher with labels on clean images, as method supervised does on distorted ones."""
-    changes = {"method": "supervised", "epochs": cfg.pretrain_epochs, "max_steps": None, "lr": 2e-3}
+    changes = {"method": "supervised", "epochs": cfg.pretrain_epochs, "max_steps": None}
     cfg = argparse.Namespace(**{**vars(cfg), **dict.fromkeys(DISTORTIONS, 0), **changes})
     objective = Objective(teacher, None, cfg, num_classes).to(cfg.device)
     for row in train(objective, make_optimizer(objective, cfg), images, labels, cfg):
         say(f"teacher: {json.dumps(row)}")
 
 def restore(path, objective, optimizer, facts):
-    """Load a checkpoint; returns the log so far."""
+    """Load a checkpoint and return its log."""
     checkpoint = read_tensors(path)
-    with explain(f"{path} is not of this run, delete it", KeyError, RuntimeError, TypeError):
+    with explain(f"{path} is not of this run; delete it", KeyError, RuntimeError, TypeError):
         if checkpoint["facts"] != facts:
-            raise UserError(f"the data have changed since: {checkpoint['facts']}, now {facts}")
+            raise UserError(f"the data have changed: {checkpoint['facts']} then, {facts} now")
         objective.load_state_dict(checkpoint["objective"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         return checkpoint["log"]
@@ -834,11 +838,12 @@ def main():
     facts = {"images": len(labels), "classes": num_classes}
     log = restore(last, objective, optimizer, facts) if resumed else []
 
-    held_out = test_images[balanced_subset(test_labels, 500, 0)]
-    target = embed(teacher, held_out, cfg, {})
-    def cosine(vit):  # of the embeddings of distorted images with the teacher's of the clean ones
-        found = embed(vit, held_out, cfg, severities_of(cfg), cfg.one_of, cfg.seed)
-        return F.cosine_similarity(found, target).mean().item()
+    sample = test_images[balanced_subset(test_labels, 500, seed=0)]
+    target = embed(teacher, sample, cfg, {})
+    def cosine(vit):
+        """Mean cosine of its embeddings of distorted images with the teacher's of clean ones."""
+        embeddings = embed(vit, sample, cfg, severities_of(cfg), cfg.one_of, cfg.seed)
+        return F.cosine_similarity(embeddings, target).mean().item()
     cos_teacher = cosine(teacher)
     for row in train(objective, optimizer, images, labels, cfg, first_epoch=len(log)):
         log.append({**row, "cos_teacher": cos_teacher, "cos_student": cosine(student)})
@@ -858,9 +863,9 @@ def run(main):
     try:
         return main()
     except KeyboardInterrupt:
-        message = "interrupted; a run that had begun goes on with: python distill.py --resume RUN"
+        message = "interrupted; training that had begun goes on with python distill.py --resume RUN"
     except (UserError, OSError) as error:
-        message = str(error).split("UserError: ")[-1].strip()  # a worker's ends its traceback
+        message = str(error).split("UserError: ")[-1].strip()  # a worker's traceback is in front
     except (MemoryError, RuntimeError) as error:
         if not any(text in repr(error) for text in ("MemoryError", "of memory", "allocate memory")):
             raise

@@ -11,27 +11,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from distill import (
-    UserError,
-    balanced_subset,
-    best_device,
-    describe,
-    distort,
-    embed,
-    load_data,
-    load_vit,
-    prepare,
-    read_config,
-    read_image,
-    run,
-    severities_of,
-    to_float,
-    write,
-)
+import distill
 
 HELD_OUT = [  # severities, the same for every run
-    {"blur": 0.7}, {"blur": 1.4}, {"noise": 0.15}, {"noise": 0.3}, {"mask": 0.25}, {"mask": 0.5},
-    {"salt": 0.1}, {"contrast": 0.7}, {"blur": 0.7, "noise": 0.1, "mask": 0.2},
+    {"blur": 0.7},
+    {"blur": 1.4},
+    {"noise": 0.15},
+    {"noise": 0.3},
+    {"mask": 0.25},
+    {"mask": 0.5},
+    {"salt": 0.1},
+    {"contrast": 0.7},
+    {"blur": 0.7, "noise": 0.1, "mask": 0.2},
 ]
 
 # ---- The linear probe ----------------------------------------------------------------------------
@@ -57,7 +48,8 @@ def fit_probe(x, y):
 
     def solve(x, y, strength):
         weights = torch.zeros(len(classes), x.shape[1] + 1, device=x.device, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([weights], max_iter=100, tolerance_change=1e-5,
+                                      line_search_fn="strong_wolfe")
         def loss():
             optimizer.zero_grad()
             fit = F.cross_entropy(scores(x, weights), y)
@@ -70,13 +62,13 @@ def fit_probe(x, y):
     with torch.inference_mode(False), torch.enable_grad():
         x, mean, std = x.clone(), mean.clone(), std.clone()  # inference tensors take no gradient
         classes, y = y.unique(return_inverse=True)
-        chance = torch.Generator().manual_seed(0)
-        held = (torch.randperm(len(y), generator=chance) < len(y) // 5).to(x.device)
+        generator = torch.Generator().manual_seed(0)
+        held = (torch.randperm(len(y), generator=generator) < len(y) // 5).to(x.device)
         best = (-1, 0.0)
         for strength in (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
             weights = solve(x[~held], y[~held], strength)
             right = (scores(x[held], weights).argmax(dim=1) == y[held]).sum().item()
-            best = max(best, (right, strength))
+            best = max(best, (right, strength))  # ties go to the stronger
         weights = solve(x, y, best[1])
     return lambda x: classes[scores(torch.as_tensor(x).detach().to(mean), weights).argmax(dim=1)]
 
@@ -102,68 +94,97 @@ def summary(runs):
         result[key] = None if None in values else [float(np.mean(values)), float(np.std(values))]
     return result
 
+def embed_both(vits, data, cfg, severities, one_of, seed):
+    """{who: (embeddings of the training, of the test images)}, distorted with this seed."""
+    features = {}
+    for who, vit in vits.items():
+        x = distill.embed(vit, data[0], cfg, severities, one_of, seed=2 * seed)
+        test_x = distill.embed(vit, data[2], cfg, severities, one_of, seed=2 * seed + 1)
+        features[who] = (x, test_x)
+    return features
+
 def evaluate(cfg, vits, data, shares, seeds):
     """The rows and the label shares of results.json."""
-    images, labels, test_images, test_labels = data
-    clean = embed(vits["teacher"], test_images, cfg, {})
-    clean_probe = fit_probe(embed(vits["teacher"], images, cfg, {}), labels)
-    clean_accuracy = accuracy(clean_probe, clean, test_labels)
-    tests = [({}, False), (severities_of(cfg), cfg.one_of), *((kinds, False) for kinds in HELD_OUT)]
+    _, labels, _, test_labels = data
+    teacher = {"teacher": vits["teacher"]}
+    clean, clean_test = embed_both(teacher, data, cfg, {}, False, seed=0)["teacher"]
+    clean_probe = fit_probe(clean, labels)
+    clean_accuracy = accuracy(clean_probe, clean_test, test_labels)
     rows = []
     label_runs = {share: [] for share in shares}
-    for severities, one_of in tqdm(tests, "evaluating", disable=None):
-        seen = len(rows) == 1
+    tests = [{}, distill.severities_of(cfg), *HELD_OUT]
+    for i, severities in enumerate(tqdm(tests, "evaluating", disable=None)):
+        seen = i == 1  # the run's own distortion
+        one_of = seen and cfg.one_of
         runs = []
         for seed in range(seeds if severities else 1):
-            features = {}
-            for who, vit in vits.items():
-                x = embed(vit, images, cfg, severities, one_of, 2 * seed)
-                features[who] = x, embed(vit, test_images, cfg, severities, one_of, 2 * seed + 1)
+            features = embed_both(vits, data, cfg, severities, one_of, seed)
             figures = probe_both(features, labels, test_labels)
             for who, (_, test_x) in features.items():
-                figures[f"cos_{who}"] = F.cosine_similarity(test_x, clean).mean().item()
+                figures[f"cos_{who}"] = F.cosine_similarity(test_x, clean_test).mean().item()
                 figures[f"clean_probe_{who}"] = accuracy(clean_probe, test_x, test_labels)
             lost = clean_accuracy - figures["probe_teacher"]
             won = figures["probe_student"] - figures["probe_teacher"]
             figures["recovered"] = won / lost if lost >= 0.01 else None
             runs.append(figures)
-            for share in shares if seen else []:
-                kept = balanced_subset(labels, math.ceil(share * len(labels)), seed)
+            if not seen:
+                continue
+            for share in shares:
+                kept = distill.balanced_subset(labels, math.ceil(share * len(labels)), seed)
                 fewer = {who: (x[kept], test_x) for who, (x, test_x) in features.items()}
                 label_runs[share].append(probe_both(fewer, labels[kept], test_labels))
-        rows.append({"distortion": describe(severities, one_of), "seen": seen, **summary(runs)})
+        name = distill.describe(severities, one_of)
+        rows.append({"distortion": name, "seen": seen, **summary(runs)})
     return rows, [{"share": share, **summary(runs)} for share, runs in label_runs.items()]
 
+COLUMNS = {  # of the printed table; T is the teacher, S the student
+    "cos_teacher": "cosine T",
+    "cos_student": "cosine S",
+    "probe_teacher": "probe T",
+    "probe_student": "probe S",
+    "clean_probe_teacher": "clean probe T",
+    "clean_probe_student": "clean probe S",
+    "recovered": "recovered",
+}
+
 def print_table(rows, trained):
-    """Figures in %; ** marks the distortion trained on, * those of a kind trained on."""
-    keys = ["cos", "probe", "clean_probe"]
-    columns = [f"{key}_{who}" for key in keys for who in ("teacher", "student")] + ["recovered"]
-    print(f"{'in %':31}", *(f"{column.replace('_', ' '):>19}" for column in columns))
+    print(f"{'in %; ** trained on, * its kinds':32}", *(f"{name:>13}" for name in COLUMNS.values()))
     for row in rows:
-        kinds = [name for name in trained if name in row["distortion"]]
-        mark = "**" if row.get("seen") else "*" * bool(kinds)
+        name = row["distortion"]
+        mark = "*" if any(kind in name for kind in trained) else ""
+        if row.get("seen"):
+            mark = "**"
         cells = []
-        for column in columns:
-            mean, std = row.get(column) or (math.nan, math.nan)
-            cells.append(f"{100 * mean:.1f} ± {100 * std:.1f}")
-        print(f"{row['distortion'][:28]:28} {mark:2}", *(f"{cell:>19}" for cell in cells))
+        for key in COLUMNS:
+            figures = row.get(key)
+            cells.append(f"{100 * figures[0]:.1f} ± {100 * figures[1]:.1f}" if figures else "-")
+        print(f"{name[:29]:29} {mark:2}", *(f"{cell:>13}" for cell in cells))
 
 # ---- The picture ---------------------------------------------------------------------------------
 
 @torch.inference_mode()
 def draw_attention(path, cfg, vits, images):
-    """Save a row for each uint8 image [S, S, 3]: clean; distorted, as strongly as in training; and,
-    over the clean image in grey, where the last block's global token looks (mean of the heads): the
-    teacher at the clean image, then the teacher and the student at the distorted one.
+    """Save a row for each uint8 image [S, S, 3]: clean; distorted as strongly as in training, by
+    each kind in turn where the run is one-of; and, over the clean image in grey, where the last
+    block's global token looks (mean of heads): teacher at clean, teacher and student at distorted.
     """
     from PIL import Image  # which torchvision brings
-    clean = to_float(images, cfg.device)
-    highest = {name: float(np.max(value)) for name, value in severities_of(cfg).items()}
+    clean = distill.to_float(images, cfg.device)
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    distorted = distort(clean, generator, cfg.one_of, **highest)
+    severities = {name: np.max(value) for name, value in distill.severities_of(cfg).items()}
+    trained = [name for name in severities if severities[name] > 0]
+    distorted = []
+    for i, image in enumerate(clean):
+        kinds = trained
+        if cfg.one_of and trained:
+            kinds = [trained[i % len(trained)]]
+        highest = {name: float(severities[name]) for name in kinds}
+        distorted.append(distill.distort(image[None], generator, **highest))
+    distorted = torch.cat(distorted)
+
     columns = [clean, distorted]
     for who, seen in (("teacher", clean), ("teacher", distorted), ("student", distorted)):
-        features = vits[who](prepare(seen, cfg.img_size), attn_blocks=1)
+        features = vits[who](distill.prepare(seen, cfg.img_size), attn_blocks=1)
         num_patches = features.patches.shape[1]
         heat = features.attn[0][:, :, 0, -num_patches:].mean(dim=1)  # [B, N]
         heat = heat / heat.amax(dim=1, keepdim=True)
@@ -186,40 +207,40 @@ def main():
     add("--pictures", nargs="+", metavar="FILE", help="only draw these images")
     add("--labels", type=float, nargs="+", default=[1.0], help="shares of the labels [1.0]")
     add("--seeds", type=int, default=3, help="draws of distortions and labels [3]")
-    add("--max-images", type=int, help="of either split [the run's; of stripes 500]")
+    add("--max-images", type=int, help="of either split [the run's; of stripes 300]")
     add("--batch-size", type=int, help="[the run's]")
-    add("--device", help="[the run's, or the best there is]")
+    add("--device", help="[cpu if the run's was, else the best there is]")
     add("--dtype", choices=["float32", "bfloat16"], help="[the run's]")
     add("--workers", type=int, help="[the run's]")
     add("--data", help="[the run's]")
     add("--root", help="[the run's]")
-    config = read_config(parser.parse_args().run)
+    config = distill.read_config(parser.parse_args().run)
     if config["device"] != "cpu":
-        config["device"] = best_device()
-    if config["data"] == "stripes":
-        config["max_images"] = config["max_images"] or 500
-    parser.set_defaults(**config)
+        config["device"] = distill.best_device()
+    parser.set_defaults(**config)  # what was typed overrides them
     cfg = parser.parse_args()
-    if min(cfg.seeds, cfg.batch_size, cfg.max_images or 1) < 1:
-        raise UserError("--seeds, --batch-size or --max-images is below 1")
+    distill.check_numbers(cfg)
+    distill.check_device(cfg.device)
+    if cfg.data == "stripes":
+        cfg.max_images = cfg.max_images or 300
     if not all(0 < share <= 1 for share in cfg.labels):
-        raise UserError("--labels are not shares above 0 and up to 1")
+        raise distill.UserError("--labels are not all shares above 0 and up to 1")
 
     vits = {}
     for who in ("teacher", "student"):
-        vits[who] = load_vit(f"{cfg.run}/{who}.pth", cfg.img_size).to(cfg.device)
+        vits[who] = distill.load_vit(f"{cfg.run}/{who}.pth", cfg.img_size).to(cfg.device)
     if cfg.pictures:
-        images = np.stack([read_image(path, cfg.data_size) for path in cfg.pictures])
+        images = np.stack([distill.read_image(path, cfg.data_size) for path in cfg.pictures])
     else:
-        data = load_data(cfg)
+        data = distill.load_data(cfg)
         rows, shares = evaluate(cfg, vits, data, cfg.labels, cfg.seeds)
         results = {"config": vars(cfg), "rows": rows, "labels": shares}
-        write(f"{cfg.run}/results.json", [json.dumps(results, indent=1).encode()])
-        trained = [name for name, value in severities_of(cfg).items() if np.any(value)]
+        distill.write(f"{cfg.run}/results.json", [json.dumps(results, indent=1).encode()])
+        trained = [name for name, value in distill.severities_of(cfg).items() if np.any(value)]
         named = [{"distortion": f"{100 * row['share']:g}% of the labels", **row} for row in shares]
         print_table(rows + named, trained)
-        images = data[2][balanced_subset(data[3], 6, cfg.seed)]
+        images = data[2][distill.balanced_subset(data[3], 6, cfg.seed)]
     draw_attention(f"{cfg.run}/attention.png", cfg, vits, images)
 
 if __name__ == "__main__":
-    run(main)
+    distill.run(main)
