@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import sys
+import sysconfig
 import time
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ def explain(message, *errors):
     """Turn these errors into the user's, with a message that says what was being done."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except errors as error:
         reason = " ".join(str(error).split())  # on one line
@@ -191,7 +192,7 @@ WEIGHTS = {  # name: the publisher's file
 def read_tensors(path):
     """What torch.save wrote to a path or URL: only tensors in containers, so no file runs code."""
     load = torch.load
-    hint = f"{path} is damaged or holds more than tensors; replace or delete it"
+    hint = f"cannot read {path}, which may be damaged or hold more than tensors"
     if path in WEIGHTS.values():  # a URL, which torch.hub downloads and keeps
         load = torch.hub.load_state_dict_from_url
         file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(path))
@@ -477,7 +478,7 @@ def decode(paths, cfg):
 
 def write(path, chunks):
     """Write bytes to a temporary file, then rename it, so that path is never half-written."""
-    part = f"{path}.{os.getpid()}.part"
+    part = f"{path}.{os.getpid()}-{time.time_ns()}.part"
     try:
         with explain(f"cannot write {path}", OSError), open(part, "wb") as file:
             for chunk in chunks:
@@ -533,7 +534,8 @@ def to_float(images, device):
     return to_device(images, device).permute(0, 3, 1, 2).contiguous() / 255
 
 def severities_of(cfg):
-    return {name: getattr(cfg, name, 0) for name in DISTORTIONS}
+    """What is not given is 0, as is a kind that an older run did not know."""
+    return {name: getattr(cfg, name, None) or 0 for name in DISTORTIONS}
 
 @torch.inference_mode()
 def embed(vit, images, cfg, severities, one_of=False, seed=0):
@@ -560,14 +562,18 @@ def make_optimizer(objective, cfg):
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
+def count_steps(labels, cfg):
+    """Steps of an epoch, without the ragged last batch, and of the run."""
+    per_epoch = len(labels) // cfg.batch_size
+    return per_epoch, min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
+
 def train(objective, optimizer, images, labels, cfg, first_epoch=0):
     """Train on uint8 images [N, S, S, 3]: a generator that yields a row of figures per epoch.
 
     The order of images depends on (seed, epoch), the distortion of a batch on (seed, step): a
     step's number is the whole random state. Raises UserError where the loss is not finite.
     """
-    steps_per_epoch = len(labels) // cfg.batch_size  # the last, ragged batch is left out
-    total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
+    steps_per_epoch, total_steps = count_steps(labels, cfg)
     own = slice(RANK, None, WORLD)  # this process's part of a batch
     generator = torch.Generator(cfg.device)
     model = torch.compile(objective, dynamic=False) if cfg.compile else objective
@@ -603,7 +609,7 @@ def train(objective, optimizer, images, labels, cfg, first_epoch=0):
             sums = sums + figures
             if step % 20 == 0 or step == steps[-1]:  # reading waits for the device
                 if not sums.isfinite().all():
-                    raise UserError(f"loss or gradient not finite at step {step + 1}: lower --lr")
+                    raise UserError(f"loss or gradient not finite by step {step + 1}: lower --lr")
                 bar.set_postfix(zip(["norm", "loss", *terms], figures.tolist(), strict=True))
 
         if WORLD > 1:
@@ -674,10 +680,14 @@ def check_numbers(cfg):
         if value is not None and not low <= value < 2**40:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range, from {low}")
 
-def check_device(device):
-    """Raise UserError where there is no such device."""
-    with explain(f"there is no --device {device} here", RuntimeError, AssertionError):
+def use_device(device):
+    """Raise UserError where this process has no such device; cuda is one GPU for each process."""
+    message = f"there is no --device {device} for process {LOCAL_RANK} of this machine"
+    with explain(message, RuntimeError, AssertionError):
+        if device == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)
         torch.zeros(1, device=device)
+        torch.Generator(device)
 
 def set_defaults(cfg):
     """Fill in what depends on other options or on the machine."""
@@ -714,8 +724,11 @@ def check_options(cfg):
     if cfg.weights == "scratch" and cfg.img_size % 8:
         raise UserError(f"--img-size {cfg.img_size} is not a multiple of 8, as scratch needs")
 
-    check_device(cfg.device)
-    with explain("an option is out of range", ValueError):  # the pieces know their own limits
+    use_device(cfg.device)
+    if WORLD > 1 and ":" in cfg.device:
+        raise UserError(f"--device {cfg.device} is one GPU for {WORLD} processes; say cuda")
+    # The pieces know their own limits: try them on a black image.
+    with explain("an option is out of range", ValueError, RuntimeError):
         black = torch.zeros(1, 3, cfg.data_size, cfg.data_size)
         distort(black, None, cfg.one_of, cfg.clean, **severities_of(cfg))
         distill_loss(Features(black, black), Features(black, black), cfg.loss_weights)
@@ -731,7 +744,7 @@ def read_config(folder):
     with explain(f"{folder} holds no run of distill.py", OSError, ValueError, TypeError):
         with open(f"{folder}/config.json") as file:
             config = json.load(file)
-        if not {"data_size", "img_size", "attn_blocks"} <= set(config):
+        if not {"data", "data_size", "attn_blocks", "one_of", "device", "compile"} <= set(config):
             raise ValueError("its config.json is of another program")
     return {**config, "out": folder}
 
@@ -750,10 +763,13 @@ def configure():
             raise UserError(f"--resume keeps the run's own options; leave out {', '.join(extra)}")
         parser.set_defaults(**read_config(cfg.resume))  # what was typed overrides them
         cfg = parser.parse_args()
+        if not cfg.device.startswith("cuda") and "--compile" not in typed:
+            cfg.compile = False  # the run began on a GPU
     check_options(cfg)
     compilers = [os.environ.get("CC", "cc"), os.environ.get("CXX", "g++")]
-    if cfg.compile and None in map(shutil.which, compilers):
-        print(f"warning: {compilers} not found, so nothing is compiled", file=sys.stderr)
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    if cfg.compile and (None in map(shutil.which, compilers) or not os.path.exists(header)):
+        print(f"warning: {compilers} or {header} missing, so nothing is compiled", file=sys.stderr)
         cfg.compile = False
     return cfg
 
@@ -762,15 +778,6 @@ def save(path, content):
     buffer = io.BytesIO()  # because torch.save hides why it could not write to a disk
     torch.save(content, buffer)
     write(path, [buffer.getbuffer()])
-
-def start_processes(cfg):
-    """Let the processes that torchrun has started find each other, each with a GPU of its own."""
-    if cfg.device == "cuda":
-        with explain("there are more processes than GPUs", RuntimeError):
-            torch.cuda.set_device(LOCAL_RANK)
-    if WORLD > 1:
-        day = datetime.timedelta(days=1)  # which downloading and decoding may take
-        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=day)
 
 def make_teacher(weights, labels, cfg):
     """The teacher: pretrained, or a small ViT that is yet to be trained."""
@@ -798,7 +805,7 @@ def pretrain(teacher, images, labels, num_classes, cfg):
 def restore(path, objective, optimizer, facts):
     """Load a checkpoint and return its log."""
     checkpoint = read_tensors(path)
-    with explain(f"{path} is not of this run; delete it", KeyError, RuntimeError, TypeError):
+    with explain(f"{path} is not of this run; delete it", Exception):  # whatever it may hold
         if checkpoint["facts"] != facts:
             raise UserError(f"the data have changed: {checkpoint['facts']} then, {facts} now")
         objective.load_state_dict(checkpoint["objective"])
@@ -811,7 +818,9 @@ def say(text):
 
 def main():
     cfg = configure()
-    start_processes(cfg)
+    if WORLD > 1:
+        day = datetime.timedelta(days=1)  # which downloading and decoding may take
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=day)
     last = f"{cfg.out}/last.pt"
     resumed = cfg.resume is not None and os.path.exists(last)
     weights = f"{cfg.out}/teacher.pth" if resumed else cfg.weights
@@ -832,10 +841,12 @@ def main():
     num_classes = int(labels.max()) + 1
     if weights == "scratch":
         pretrain(teacher, images, labels, num_classes, cfg)
+    if RANK == 0:
+        save(f"{cfg.out}/teacher.pth", teacher.state_dict())
     student = copy.deepcopy(teacher)
     objective = Objective(student, teacher.requires_grad_(False), cfg, num_classes).to(cfg.device)
     optimizer = make_optimizer(objective, cfg)
-    facts = {"images": len(labels), "classes": num_classes}
+    facts = {"images": len(labels), "classes": num_classes, "steps": count_steps(labels, cfg)[1]}
     log = restore(last, objective, optimizer, facts) if resumed else []
 
     sample = test_images[balanced_subset(test_labels, 500, seed=0)]
@@ -850,7 +861,6 @@ def main():
         say(json.dumps(log[-1]))
         if RANK == 0:
             write(f"{cfg.out}/log.jsonl", [json.dumps(row).encode() + b"\n" for row in log])
-            save(f"{cfg.out}/teacher.pth", teacher.state_dict())
             save(f"{cfg.out}/student.pth", student.state_dict())
             save(last, {"facts": facts, "log": log, "objective": objective.state_dict(),
                         "optimizer": optimizer.state_dict()})
@@ -863,7 +873,7 @@ def run(main):
     try:
         return main()
     except KeyboardInterrupt:
-        message = "interrupted; training that had begun goes on with python distill.py --resume RUN"
+        message = "interrupted; once it trains, a run goes on with python distill.py --resume RUN"
     except (UserError, OSError) as error:
         message = str(error).split("UserError: ")[-1].strip()  # a worker's traceback is in front
     except (MemoryError, RuntimeError) as error:

@@ -5,6 +5,7 @@ also of kinds never seen in training. Prints a table; writes results.json and at
 import argparse
 import json
 import math
+import os
 
 import numpy as np
 import torch
@@ -209,22 +210,27 @@ def main():
     add("--seeds", type=int, default=3, help="draws of distortions and labels [3]")
     add("--max-images", type=int, help="of either split [the run's; of stripes 300]")
     add("--batch-size", type=int, help="[the run's]")
-    add("--device", help="[cpu if the run's was, else the best there is]")
+    add("--device", help="[the run's, or else the best there is]")
     add("--dtype", choices=["float32", "bfloat16"], help="[the run's]")
     add("--workers", type=int, help="[the run's]")
     add("--data", help="[the run's]")
     add("--root", help="[the run's]")
     config = distill.read_config(parser.parse_args().run)
-    if config["device"] != "cpu":
+    try:
+        distill.use_device(config["device"])
+    except distill.UserError:
         config["device"] = distill.best_device()
     parser.set_defaults(**config)  # what was typed overrides them
     cfg = parser.parse_args()
     distill.check_numbers(cfg)
-    distill.check_device(cfg.device)
+    distill.use_device(cfg.device)
     if cfg.data == "stripes":
         cfg.max_images = cfg.max_images or 300
     if not all(0 < share <= 1 for share in cfg.labels):
         raise distill.UserError("--labels are not all shares above 0 and up to 1")
+
+    if not os.path.exists(f"{cfg.run}/student.pth"):
+        raise distill.UserError(f"{cfg.run} has no student.pth yet: distill.py --resume {cfg.run}")
 
     vits = {}
     for who in ("teacher", "student"):

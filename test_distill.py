@@ -357,6 +357,8 @@ def test_a_new_kind_is_one_function_and_one_line(monkeypatch, world, tmp_path):
     assert call(monkeypatch, evaluation, f"{out} --seeds 1") == 0
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert rows[1]["distortion"] == "noise=0.1 or invert=0.2-1"
+    monkeypatch.setitem(distill.DISTORTIONS, "later", invert)  # older runs go on without it
+    assert call(monkeypatch, distill, f"--resume {out}") == 0
 
 # ---- The loss ------------------------------------------------------------------------------------
 
@@ -688,6 +690,16 @@ def test_a_killed_run_resumes_to_the_same_bits(world, tmp_path):
     assert same(whole, broken)
     logs = [[{**row, "images_per_s": 0} for row in log_of(folder)] for folder in (whole, broken)]
     assert logs[0] == logs[1] and len(logs[0]) == 40
+
+def test_out_of_memory_is_no_reason_to_delete_a_checkpoint(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert call(monkeypatch, distill, options(world, out, "--noise 0.1 --max-steps 1")) == 0
+    def full(*arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", full)
+    assert call(monkeypatch, distill, f"--resume {out}") == 2
+    message = error_of(capsys)
+    assert "--batch-size" in message and "delete" not in message
 
 def test_pretraining_leaves_no_gradients_that_would_count_when_clipping(tmp_path, monkeypatch):
     command = "--max-images 64 --epochs 2 --pretrain-epochs 1 --device cpu --lr 0.02 --out"
