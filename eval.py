@@ -45,7 +45,7 @@ def fit_probe(x, y):
     std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # a constant feature counts as 0
 
     def scores(x, weights):  # [N, classes]; the last column of weights [classes, D + 1] is the bias
-        return F.linear((x - mean) / std, weights[:, :-1], weights[:, -1])
+        return F.linear(x, weights[:, :-1], weights[:, -1])
 
     def solve(x, y, strength):
         weights = torch.zeros(len(classes), x.shape[1] + 1, device=x.device, requires_grad=True)
@@ -61,7 +61,7 @@ def fit_probe(x, y):
         return weights.detach()
 
     with torch.inference_mode(False), torch.enable_grad():
-        x, mean, std = x.clone(), mean.clone(), std.clone()  # inference tensors take no gradient
+        x = (x.clone() - mean) / std  # cloned, because inference tensors take no gradient
         classes, y = y.unique(return_inverse=True)
         generator = torch.Generator().manual_seed(0)
         held = (torch.randperm(len(y), generator=generator) < len(y) // 5).to(x.device)
@@ -71,7 +71,11 @@ def fit_probe(x, y):
             right = (scores(x[held], weights).argmax(dim=1) == y[held]).sum().item()
             best = max(best, (right, strength))  # ties go to the stronger
         weights = solve(x, y, best[1])
-    return lambda x: classes[scores(torch.as_tensor(x).detach().to(mean), weights).argmax(dim=1)]
+
+    def predict(x):
+        x = torch.as_tensor(x).detach().to(mean)
+        return classes[scores((x - mean) / std, weights).argmax(dim=1)]
+    return predict
 
 def accuracy(predict, x, y):
     return (predict(x).cpu() == torch.as_tensor(y).cpu()).float().mean().item()
