@@ -16,9 +16,7 @@ import io
 import json
 import math
 import os
-import shutil
 import sys
-import sysconfig
 import time
 from typing import NamedTuple
 
@@ -45,8 +43,7 @@ def explain(message, *errors):
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except errors as error:
-        reason = " ".join(str(error).split())  # on one line
-        raise UserError(f"{message}: {reason}") from error
+        raise UserError(f"{message}: {error}") from error
 
 # ---- The Vision Transformer: parameters are named as in DINO and DINOv2 --------------------------
 
@@ -190,16 +187,17 @@ WEIGHTS = {  # name: the publisher's file
 }
 
 def read_tensors(path):
-    """What torch.save wrote to a path or URL: only tensors in containers, so no file runs code."""
-    load = torch.load
-    hint = f"cannot read {path}, which may be damaged or hold more than tensors"
-    if path in WEIGHTS.values():  # a URL, which torch.hub downloads and keeps
-        load = torch.hub.load_state_dict_from_url
-        file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(path))
-        hint = (f"cannot load {path}: delete {file} if it exists, it is damaged; without a network "
-                "put it there, or use --weights PATH or --weights scratch")
-    with explain(hint, Exception):  # whatever the readers of zip files and pickles meet
-        return load(path, map_location="cpu", weights_only=True)
+    """What torch.save wrote: tensors in containers and no more, so that no file runs code."""
+    with explain(f"{path} is damaged or holds more than tensors", Exception):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+def download(url):
+    """The state dict at this URL, which torch.hub keeps."""
+    file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    hint = (f"cannot load {url}: delete {file} if it exists, it is damaged; without a network put "
+            "it there, or use --weights PATH or --weights scratch")
+    with explain(hint, Exception):
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
 
 def load_vit(weights, img_size):
     """The ViT of pretrained weights, for images of img_size pixels a side.
@@ -208,9 +206,12 @@ def load_vit(weights, img_size):
     "model"; the architecture is read off it, with heads 64 wide. Raises UserError (a ValueError)
     for unknown or damaged weights, without a network, for another architecture or an unfit size.
     """
-    if weights not in WEIGHTS and not os.path.isfile(weights):
+    if weights in WEIGHTS:
+        state = download(WEIGHTS[weights])
+    elif os.path.isfile(weights):
+        state = read_tensors(weights)
+    else:
         raise UserError(f"--weights {weights} is neither a file nor scratch, {', '.join(WEIGHTS)}")
-    state = read_tensors(WEIGHTS.get(weights, weights))
     with explain(f"{weights} does not fit", Exception):  # whatever a foreign file may lack
         state = state.get("model", state)
         dropped = ("mask_token", "head")
@@ -250,7 +251,7 @@ def prepare(images, img_size):
 # To add one, write a function and list it in DISTORTIONS: its option, the names of runs and the
 # evaluation come for free. It takes images [B, 3, H, W] in [0, 1], a severity for each image
 # [B, 1, 1, 1], the upper end of the severities' range and a generator. Its docstring becomes the
-# option's help; it raises ValueError where the upper end is more than it can do.
+# option's help.
 
 def blur(images, severity, highest, generator):
     """sigma of a Gaussian in pixels, with taps up to two sigma, edges reflected"""
@@ -269,8 +270,6 @@ def blur(images, severity, highest, generator):
 
 def contrast(images, severity, highest, generator):
     """share of the contrast lost, towards mid grey"""
-    if highest > 1:
-        raise ValueError(f"contrast {highest:g} is above 1, which leaves none")
     return images + severity * (0.5 - images)
 
 def noise(images, severity, highest, generator):
@@ -279,16 +278,12 @@ def noise(images, severity, highest, generator):
 
 def salt(images, severity, highest, generator):
     """share of pixels set to black or white, half each"""
-    if highest > 1:
-        raise ValueError(f"salt {highest:g} is above 1, which is all pixels")
     chance = torch.rand(images[:, :1].shape, generator=generator, device=images.device)
     images = torch.where(chance < severity / 2, 0.0, images)  # the lowest black, the highest white
     return torch.where(chance >= 1 - severity / 2, 1.0, images)
 
 def mask(images, severity, highest, generator):
     """share of pixels set to black"""
-    if highest > 1:
-        raise ValueError(f"mask {highest:g} is above 1, which is all pixels")
     chance = torch.rand(images[:, :1].shape, generator=generator, device=images.device)
     return images * (chance >= severity)
 
@@ -317,8 +312,9 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     for name in DISTORTIONS:
         value = severities.get(name, 0)
         pair = value if isinstance(value, (tuple, list)) else (value, value)
-        if len(pair) != 2 or not 0 <= pair[0] <= pair[1] < math.inf:
-            raise ValueError(f"{name} {value} is neither a number >= 0 nor an ascending pair")
+        most = 1 if name in ("contrast", "salt", "mask") else 1e9  # those are shares
+        if len(pair) != 2 or not 0 <= pair[0] <= pair[1] <= most:
+            raise ValueError(f"{name} {value} is no number or ascending pair from 0 to {most:g}")
         if pair[1] > 0:
             kinds[name] = pair
     if not kinds or len(images) == 0:
@@ -464,10 +460,11 @@ def read_image(path, size):
 
 def decode(paths, cfg):
     """The images of these files, memory-mapped from a file under cfg.root that is made once."""
-    stats = [(os.path.abspath(path), os.stat(path)) for path in paths]
-    facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    target = f"{cfg.root}/decoded-{cfg.data_size}-{key}.raw"
+    key = hashlib.sha256()
+    for path in paths:
+        stat = os.stat(path)
+        key.update(f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    target = f"{cfg.root}/decoded-{cfg.data_size}-{key.hexdigest()[:16]}.raw"
     if not os.path.exists(target):
         os.makedirs(cfg.root, exist_ok=True)
         # With batch_size None a worker calls collate_fn on each path.
@@ -766,11 +763,12 @@ def configure():
         if not cfg.device.startswith("cuda") and "--compile" not in typed:
             cfg.compile = False  # the run began on a GPU
     check_options(cfg)
-    compilers = [os.environ.get("CC", "cc"), os.environ.get("CXX", "g++")]
-    header = os.path.join(sysconfig.get_path("include"), "Python.h")
-    if cfg.compile and (None in map(shutil.which, compilers) or not os.path.exists(header)):
-        print(f"warning: {compilers} or {header} missing, so nothing is compiled", file=sys.stderr)
-        cfg.compile = False
+    if cfg.compile:
+        try:  # on something small, whether a compiler is there
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=cfg.device))
+        except Exception as error:
+            print(f"warning: eager, since torch.compile fails: {error!r:.200}", file=sys.stderr)
+            cfg.compile = False
     return cfg
 
 def save(path, content):
@@ -875,12 +873,12 @@ def run(main):
     except KeyboardInterrupt:
         message = "interrupted; once it trains, a run goes on with python distill.py --resume RUN"
     except (UserError, OSError) as error:
-        message = str(error).split("UserError: ")[-1].strip()  # a worker's traceback is in front
+        message = str(error).split("UserError: ")[-1]  # a worker's traceback is in front
     except (MemoryError, RuntimeError) as error:
         if not any(text in repr(error) for text in ("MemoryError", "of memory", "allocate memory")):
             raise
         message = "out of memory: lower --batch-size, --img-size or --max-images"
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.split(), file=sys.stderr)  # on one line
     sys.exit(2)
 
 if __name__ == "__main__":

@@ -214,17 +214,12 @@ def main():
     add("--seeds", type=int, default=3, help="draws of distortions and labels [3]")
     add("--max-images", type=int, help="of either split [the run's; of stripes 300]")
     add("--batch-size", type=int, help="[the run's]")
-    add("--device", help="[the run's, or else the best there is]")
+    add("--device", help="[the run's]")
     add("--dtype", choices=["float32", "bfloat16"], help="[the run's]")
     add("--workers", type=int, help="[the run's]")
     add("--data", help="[the run's]")
     add("--root", help="[the run's]")
-    config = distill.read_config(parser.parse_args().run)
-    try:
-        distill.use_device(config["device"])
-    except distill.UserError:
-        config["device"] = distill.best_device()
-    parser.set_defaults(**config)  # what was typed overrides them
+    parser.set_defaults(**distill.read_config(parser.parse_args().run))  # unless typed
     cfg = parser.parse_args()
     distill.check_numbers(cfg)
     distill.use_device(cfg.device)

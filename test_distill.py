@@ -774,7 +774,7 @@ def test_a_compiled_run_is_one_graph_and_ends_like_an_eager_one(world, tmp_path,
     for name in ("no-compile", "compile"):
         more = f"--noise 0.2 --epochs 4 --batch-size 10 --{name}"
         assert call(monkeypatch, distill, options(world, tmp_path / name, more)) == 0
-    assert len(graphs) == 1  # whole, and not compiled again
+    assert len(graphs) == 2  # the trial, and one that is whole and not compiled again
     assert same(tmp_path / "no-compile", tmp_path / "compile")
 
 def test_without_a_c_compiler_a_run_is_not_compiled_and_says_so(world, tmp_path):
