@@ -531,8 +531,8 @@ def to_float(images, device):
     return to_device(images, device).permute(0, 3, 1, 2).contiguous() / 255
 
 def severities_of(cfg):
-    """What is not given is 0, as is a kind that an older run did not know."""
-    return {name: getattr(cfg, name, None) or 0 for name in DISTORTIONS}
+    """The run's kinds of distortion, without those at 0 or unknown to an older run."""
+    return {name: vars(cfg)[name] for name in DISTORTIONS if np.any(vars(cfg).get(name, 0))}
 
 @torch.inference_mode()
 def embed(vit, images, cfg, severities, one_of=False, seed=0):
@@ -612,70 +612,77 @@ def train(objective, optimizer, images, labels, cfg, first_epoch=0):
         if WORLD > 1:
             dist.all_reduce(sums)
         means = (sums / len(steps) / WORLD).tolist()
-        row = {"epoch": epoch + 1, "step": step + 1, "loss": means[1]}
-        row.update(zip(["global", "patch", "attn"], means[2:] or [None] * 3, strict=True))
-        seconds = time.perf_counter() - start
-        yield {**row, "lr": group["lr"], "images_per_s": len(steps) * cfg.batch_size / seconds}
+        rate = len(steps) * cfg.batch_size / (time.perf_counter() - start)
+        row = {"epoch": epoch + 1, "step": step + 1, "loss": means[1], "global": None,
+               "patch": None, "attn": None, "lr": group["lr"], "images_per_s": rate}
+        row.update(zip(terms, means[2:], strict=True))
+        yield row
 
 # ---- The command line ----------------------------------------------------------------------------
 
 MIXTURE = {"blur": [0, 1.5], "noise": [0, 0.4], "mask": [0, 0.6], "one_of": True}  # the default
 
-def add_options(parser):
+def between(low, high, kind=float):
+    """For argparse's type=: a number from low to high."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:  # also for NaN
+            raise argparse.ArgumentTypeError(f"{text} is out of range, from {low:g} to {high:g}")
+        return value
+    return number
+
+COUNT = between(1, 10**12, int)
+NATURAL = between(0, 10**12, int)
+SHARE = between(0, 1)
+
+def add_machine_options(parser):
+    """Those that --resume takes, since they leave the result as it is."""
     add = parser.add_argument
-    add("--data", default="stripes", help=f"{', '.join(NATIVE_SIZE)} or a folder [stripes]")
+    add("--resume", metavar="RUN", help="continue this run with its own options")
     add("--root", default="data", help="where data are downloaded and decoded to [data]")
-    add("--max-images", type=int, help="size of a class-balanced subset of either split [all]")
+    add("--device", help="[the first of cuda, mps, cpu]")
+    add("--workers", type=NATURAL, default=2, help="processes that decode image files [2]")
+    add("--compile", action=argparse.BooleanOptionalAction, help="[on a GPU]")
+
+def add_run_options(parser):
+    add = parser.add_argument
+    add("-h", "--help", action="help", help="show this")
+    add("--data", default="stripes", help=f"{', '.join(NATIVE_SIZE)} or a folder [stripes]")
+    add("--max-images", type=COUNT, help="size of a class-balanced subset of either split [all]")
     add("--weights", help="a name, a path or scratch [dinov2_vits14; for stripes scratch]")
-    add("--data-size", type=int, help="pixels a side as distorted [32; stl10 96; a folder 224]")
-    add("--img-size", type=int, help="pixels a side as the ViT sees them [224; scratch: data size]")
+    add("--data-size", type=COUNT, help="pixels a side as distorted [32; stl10 96; a folder 224]")
+    add("--img-size", type=COUNT, help="pixels a side for the ViT [224; scratch: data size]")
     for name, function in DISTORTIONS.items():
         add(f"--{name}", type=float, nargs="+", help=f"{function.__doc__}; two values: a range [0]")
     add("--one-of", action="store_true", help="one distortion per image, not all [off, mixture on]")
-    add("--clean", type=float, help="share of images that stay clean [0, mixture 0.2]")
+    add("--clean", type=SHARE, help="share of images that stay clean [0, mixture 0.2]")
     add("--method", default="distill", choices=["distill", "contrastive", "supervised"])
     add("--loss-weights", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("G", "P", "A"),
         help="of the global, the patch and the attention term [1 1 1]")
-    add("--attn-blocks", type=int, default=1, help="last blocks whose maps are compared [1]")
-    add("--epochs", type=int, default=6, help="[6]")
-    add("--pretrain-epochs", type=int, default=3, help="with labels, of a scratch teacher [3]")
-    add("--max-steps", type=int, help="where to stop if sooner than the epochs [none]")
-    add("--batch-size", type=int, help="over all processes together [64; scratch 32]")
-    add("--lr", type=float, help="peak learning rate [1e-4; scratch 2e-3]")
-    add("--weight-decay", type=float, default=0.05, help="[0.05]")
-    add("--warmup", type=float, default=0.1, help="share of the steps [0.1]")
+    add("--attn-blocks", type=NATURAL, default=1, help="last blocks whose maps are compared [1]")
+    add("--epochs", type=COUNT, default=6, help="[6]")
+    add("--pretrain-epochs", type=COUNT, default=3, help="with labels, of a scratch teacher [3]")
+    add("--max-steps", type=COUNT, help="where to stop if sooner than the epochs [none]")
+    add("--batch-size", type=COUNT, help="over all processes together [64; scratch 32]")
+    add("--lr", type=between(1e-12, 1e9), help="peak learning rate [1e-4; scratch 2e-3]")
+    add("--weight-decay", type=between(0, 1e9), default=0.05, help="[0.05]")
+    add("--warmup", type=SHARE, default=0.1, help="share of the steps [0.1]")
     add("--dtype", choices=["float32", "bfloat16"], help="[bfloat16 on a GPU that has it]")
-    add("--compile", action=argparse.BooleanOptionalAction, help="[on a GPU]")
-    add("--device", help="[the first of cuda, mps, cpu]")
-    add("--workers", type=int, default=2, help="processes that decode image files [2]")
-    add("--seed", type=int, default=0, help="of order, distortions and fresh weights [0]")
+    add("--seed", type=NATURAL, default=0, help="of order, distortions and fresh weights [0]")
     add("--out", help="run folder [runs/<data>-<distortions>]")
-    add("--resume", metavar="RUN", help="continue this run with its own options")
 
 def describe(severities, one_of):
     """As in noise=0.1; noise=0-0.4; blur=1+noise=0.1; with one_of, blur=1 or noise=0.1."""
     parts = []
-    for name in DISTORTIONS:
-        value = severities.get(name, 0)
-        low, high = np.min(value), np.max(value)
-        if high > 0:
-            parts.append(f"{name}={low:g}" if low == high else f"{name}={low:g}-{high:g}")
+    for name, value in severities.items():
+        ends = [f"{end:g}" for end in np.unique(value)]  # one, or both of a range
+        parts.append(f"{name}={'-'.join(ends)}")
     return (" or " if one_of else "+").join(parts) or "clean"
 
 def best_device():
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-def check_numbers(cfg):
-    """Raise UserError for numbers that are out of range or NaN."""
-    least = {"max_images": 1, "data_size": 1, "img_size": 1, "epochs": 1, "pretrain_epochs": 1,
-             "max_steps": 1, "batch_size": 1, "seeds": 1, "attn_blocks": 0, "workers": 0, "seed": 0,
-             "weight_decay": 0, "warmup": 0, "lr": 1e-12}
-    for name, low in least.items():
-        value = getattr(cfg, name, None)
-        if value is not None and not low <= value < 2**40:
-            raise UserError(f"--{name.replace('_', '-')} {value} is out of range, from {low}")
 
 def use_device(device):
     """Raise UserError where this process has no such device; cuda is one GPU for each process."""
@@ -716,8 +723,8 @@ def set_defaults(cfg):
 
 def check_options(cfg):
     """Raise UserError for values that make no sense."""
-    if cfg.warmup > 1 or cfg.batch_size % WORLD:
-        raise UserError(f"--warmup must be at most 1, --batch-size a multiple of {WORLD} processes")
+    if cfg.batch_size % WORLD:
+        raise UserError(f"--batch-size {cfg.batch_size} is not a multiple of {WORLD} processes")
     if cfg.weights == "scratch" and cfg.img_size % 8:
         raise UserError(f"--img-size {cfg.img_size} is not a multiple of 8, as scratch needs")
 
@@ -725,11 +732,11 @@ def check_options(cfg):
     if WORLD > 1 and ":" in cfg.device:
         raise UserError(f"--device {cfg.device} is one GPU for {WORLD} processes; say cuda")
     # The pieces know their own limits: try them on a black image.
-    with explain("an option is out of range", ValueError, RuntimeError):
+    with explain("an option is out of range", ValueError):
         black = torch.zeros(1, 3, cfg.data_size, cfg.data_size)
         distort(black, None, cfg.one_of, cfg.clean, **severities_of(cfg))
         distill_loss(Features(black, black), Features(black, black), cfg.loss_weights)
-    distorted = cfg.clean < 1 and describe(severities_of(cfg), cfg.one_of) != "clean"
+    distorted = cfg.clean < 1 and severities_of(cfg)
     compared = any(cfg.loss_weights[:2]) or cfg.attn_blocks > 0
     if cfg.method == "distill" and not (distorted and compared):
         raise UserError("the loss would be 0 throughout: nothing is distorted, or nothing compared")
@@ -747,21 +754,16 @@ def read_config(folder):
 
 def configure():
     """The options of this run, resolved and checked; with --resume those that it began with."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    add_options(parser)
-    cfg = parser.parse_args()
-    check_numbers(cfg)
-    if cfg.resume is None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
+    add_machine_options(parser)
+    resume = parser.parse_known_args()[0].resume
+    if resume is None:
+        add_run_options(parser)
+        cfg = parser.parse_args()
         set_defaults(cfg)
     else:
-        typed = {word.split("=")[0] for word in sys.argv if word.startswith("--")}
-        extra = typed - {"--resume", "--device", "--workers", "--compile", "--no-compile", "--root"}
-        if extra:
-            raise UserError(f"--resume keeps the run's own options; leave out {', '.join(extra)}")
-        parser.set_defaults(**read_config(cfg.resume))  # what was typed overrides them
-        cfg = parser.parse_args()
-        if not cfg.device.startswith("cuda") and "--compile" not in typed:
-            cfg.compile = False  # the run began on a GPU
+        parser.set_defaults(**read_config(resume))  # what is typed overrides them
+        cfg = parser.parse_args()  # refuses all other options
     check_options(cfg)
     if cfg.compile:
         try:  # on something small, whether a compiler is there
@@ -794,8 +796,11 @@ def make_teacher(weights, labels, cfg):
 
 def pretrain(teacher, images, labels, num_classes, cfg):
     """Train a teacher with labels on clean images, as method supervised does on distorted ones."""
-    changes = {"method": "supervised", "epochs": cfg.pretrain_epochs, "max_steps": None}
-    cfg = argparse.Namespace(**{**vars(cfg), **dict.fromkeys(DISTORTIONS, 0), **changes})
+    cfg = copy.copy(cfg)
+    vars(cfg).update(dict.fromkeys(DISTORTIONS, 0))
+    cfg.method = "supervised"
+    cfg.epochs = cfg.pretrain_epochs
+    cfg.max_steps = None
     objective = Objective(teacher, None, cfg, num_classes).to(cfg.device)
     for row in train(objective, make_optimizer(objective, cfg), images, labels, cfg):
         say(f"teacher: {json.dumps(row)}")

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from tqdm import tqdm
 import distill
 
 HELD_OUT = [  # severities, the same for every run
-    {"blur": 0.7},
     {"blur": 1.4},
+    {"blur": 2.0},
     {"noise": 0.15},
     {"noise": 0.3},
     {"mask": 0.25},
@@ -65,12 +66,11 @@ def fit_probe(x, y):
         classes, y = y.unique(return_inverse=True)
         generator = torch.Generator().manual_seed(0)
         held = (torch.randperm(len(y), generator=generator) < len(y) // 5).to(x.device)
-        best = (-1, 0.0)
-        for strength in (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
-            weights = solve(x[~held], y[~held], strength)
-            right = (scores(x[held], weights).argmax(dim=1) == y[held]).sum().item()
-            best = max(best, (right, strength))  # ties go to the stronger
-        weights = solve(x, y, best[1])
+        def right(strength):
+            found = scores(x[held], solve(x[~held], y[~held], strength)).argmax(dim=1)
+            return (found == y[held]).sum().item()
+        strength = max([1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5], key=right)  # ties go to the stronger
+        weights = solve(x, y, strength)
 
     def predict(x):
         x = torch.as_tensor(x).detach().to(mean)
@@ -86,61 +86,47 @@ def linear_probe(train_x, train_y, test_x, test_y):
 
 # ---- The table -----------------------------------------------------------------------------------
 
-def probe_both(features, labels, test_labels):
-    """The accuracy of each ViT's own probe, from {"teacher": (training, test), "student": …}."""
-    return {f"probe_{who}": linear_probe(x, labels, test_x, test_labels)
-            for who, (x, test_x) in features.items()}
-
-def summary(runs):
-    """[mean, standard deviation] over runs of each figure, None where a run has none."""
+def summary(figures):
+    """[mean, standard deviation] of each list of figures, None where a seed has none."""
     result = {}
-    for key in runs[0]:
-        values = [figures[key] for figures in runs]
+    for key, values in figures.items():
         result[key] = None if None in values else [float(np.mean(values)), float(np.std(values))]
     return result
 
-def embed_both(vits, data, cfg, severities, one_of, seed):
-    """{who: (embeddings of the training, of the test images)}, distorted with this seed."""
-    features = {}
-    for who, vit in vits.items():
-        x = distill.embed(vit, data[0], cfg, severities, one_of, seed=2 * seed)
-        test_x = distill.embed(vit, data[2], cfg, severities, one_of, seed=2 * seed + 1)
-        features[who] = (x, test_x)
-    return features
-
-def evaluate(cfg, vits, data, shares, seeds):
+def evaluate(cfg, vits, data):
     """The rows and the label shares of results.json."""
-    _, labels, _, test_labels = data
-    teacher = {"teacher": vits["teacher"]}
-    clean, clean_test = embed_both(teacher, data, cfg, {}, False, seed=0)["teacher"]
+    images, labels, test_images, test_labels = data
+    clean = distill.embed(vits["teacher"], images, cfg, {})
+    clean_test = distill.embed(vits["teacher"], test_images, cfg, {})
     clean_probe = fit_probe(clean, labels)
     clean_accuracy = accuracy(clean_probe, clean_test, test_labels)
     rows = []
-    label_runs = {share: [] for share in shares}
+    by_share = {share: defaultdict(list) for share in cfg.labels}
     tests = [{}, distill.severities_of(cfg), *HELD_OUT]
     for i, severities in enumerate(tqdm(tests, "evaluating", disable=None)):
         seen = i == 1  # the run's own distortion
         one_of = seen and cfg.one_of
-        runs = []
-        for seed in range(seeds if severities else 1):
-            features = embed_both(vits, data, cfg, severities, one_of, seed)
-            figures = probe_both(features, labels, test_labels)
-            for who, (_, test_x) in features.items():
-                figures[f"cos_{who}"] = F.cosine_similarity(test_x, clean_test).mean().item()
-                figures[f"clean_probe_{who}"] = accuracy(clean_probe, test_x, test_labels)
-            lost = clean_accuracy - figures["probe_teacher"]
-            won = figures["probe_student"] - figures["probe_teacher"]
-            figures["recovered"] = won / lost if lost >= 0.01 else None
-            runs.append(figures)
-            if not seen:
-                continue
-            for share in shares:
-                kept = distill.balanced_subset(labels, math.ceil(share * len(labels)), seed)
-                fewer = {who: (x[kept], test_x) for who, (x, test_x) in features.items()}
-                label_runs[share].append(probe_both(fewer, labels[kept], test_labels))
+        shares = cfg.labels if seen else []
+        figures = defaultdict(list)  # a value for each seed
+        for seed in range(cfg.seeds if severities else 1):
+            for who, vit in vits.items():
+                x = distill.embed(vit, images, cfg, severities, one_of, 2 * seed)
+                test_x = distill.embed(vit, test_images, cfg, severities, one_of, 2 * seed + 1)
+                cosine = F.cosine_similarity(test_x, clean_test).mean().item()
+                figures[f"cos_{who}"].append(cosine)
+                figures[f"probe_{who}"].append(linear_probe(x, labels, test_x, test_labels))
+                figures[f"clean_probe_{who}"].append(accuracy(clean_probe, test_x, test_labels))
+                for share in shares:
+                    kept = distill.balanced_subset(labels, math.ceil(share * len(labels)), seed)
+                    found = linear_probe(x[kept], labels[kept], test_x, test_labels)
+                    by_share[share][f"probe_{who}"].append(found)
+            teacher = figures["probe_teacher"][-1]
+            lost = clean_accuracy - teacher
+            won = figures["probe_student"][-1] - teacher
+            figures["recovered"].append(won / lost if lost >= 0.01 else None)
         name = distill.describe(severities, one_of)
-        rows.append({"distortion": name, "seen": seen, **summary(runs)})
-    return rows, [{"share": share, **summary(runs)} for share, runs in label_runs.items()]
+        rows.append({"distortion": name, "seen": seen, **summary(figures)})
+    return rows, [{"share": share, **summary(found)} for share, found in by_share.items()]
 
 COLUMNS = {  # of the printed table; T is the teacher, S the student
     "cos_teacher": "cosine T",
@@ -176,15 +162,15 @@ def draw_attention(path, cfg, vits, images):
     from PIL import Image  # which torchvision brings
     clean = distill.to_float(images, cfg.device)
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    severities = {name: np.max(value) for name, value in distill.severities_of(cfg).items()}
-    trained = [name for name in severities if severities[name] > 0]
+    trained = distill.severities_of(cfg).items()
+    strongest = {name: float(np.max(value)) for name, value in trained}
+    kinds = [strongest]
+    if cfg.one_of and strongest:
+        kinds = [{name: value} for name, value in strongest.items()]
     distorted = []
     for i, image in enumerate(clean):
-        kinds = trained
-        if cfg.one_of and trained:
-            kinds = [trained[i % len(trained)]]
-        highest = {name: float(severities[name]) for name in kinds}
-        distorted.append(distill.distort(image[None], generator, **highest))
+        severities = kinds[i % len(kinds)]
+        distorted.append(distill.distort(image[None], generator, **severities))
     distorted = torch.cat(distorted)
 
     columns = [clean, distorted]
@@ -210,24 +196,21 @@ def main():
     add = parser.add_argument
     add("run", metavar="RUN", help="the folder of a run of distill.py")
     add("--pictures", nargs="+", metavar="FILE", help="only draw these images")
-    add("--labels", type=float, nargs="+", default=[1.0], help="shares of the labels [1.0]")
-    add("--seeds", type=int, default=3, help="draws of distortions and labels [3]")
-    add("--max-images", type=int, help="of either split [the run's; of stripes 300]")
-    add("--batch-size", type=int, help="[the run's]")
+    share = distill.between(1e-9, 1)
+    add("--labels", type=share, nargs="+", default=[1.0], help="shares of the labels [1.0]")
+    add("--seeds", type=distill.COUNT, default=3, help="draws of distortions and labels [3]")
+    add("--max-images", type=distill.COUNT, help="of either split [the run's; of stripes 300]")
+    add("--batch-size", type=distill.COUNT, help="[the run's]")
     add("--device", help="[the run's]")
     add("--dtype", choices=["float32", "bfloat16"], help="[the run's]")
-    add("--workers", type=int, help="[the run's]")
+    add("--workers", type=distill.NATURAL, help="[the run's]")
     add("--data", help="[the run's]")
     add("--root", help="[the run's]")
     parser.set_defaults(**distill.read_config(parser.parse_args().run))  # unless typed
     cfg = parser.parse_args()
-    distill.check_numbers(cfg)
     distill.use_device(cfg.device)
     if cfg.data == "stripes":
         cfg.max_images = cfg.max_images or 300
-    if not all(0 < share <= 1 for share in cfg.labels):
-        raise distill.UserError("--labels are not all shares above 0 and up to 1")
-
     if not os.path.exists(f"{cfg.run}/student.pth"):
         raise distill.UserError(f"{cfg.run} has no student.pth yet: distill.py --resume {cfg.run}")
 
@@ -238,12 +221,11 @@ def main():
         images = np.stack([distill.read_image(path, cfg.data_size) for path in cfg.pictures])
     else:
         data = distill.load_data(cfg)
-        rows, shares = evaluate(cfg, vits, data, cfg.labels, cfg.seeds)
+        rows, shares = evaluate(cfg, vits, data)
         results = {"config": vars(cfg), "rows": rows, "labels": shares}
         distill.write(f"{cfg.run}/results.json", [json.dumps(results, indent=1).encode()])
-        trained = [name for name, value in distill.severities_of(cfg).items() if np.any(value)]
         named = [{"distortion": f"{100 * row['share']:g}% of the labels", **row} for row in shares]
-        print_table(rows + named, trained)
+        print_table(rows + named, distill.severities_of(cfg))
         images = data[2][distill.balanced_subset(data[3], 6, cfg.seed)]
     draw_attention(f"{cfg.run}/attention.png", cfg, vits, images)
 
