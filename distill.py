@@ -203,8 +203,9 @@ def load_vit(weights, img_size):
     """The ViT of pretrained weights, for images of img_size pixels a side.
 
     weights is a name in WEIGHTS or the path of a state dict with DINO's names, which may lie under
-    "model"; the architecture is read off it, with heads 64 wide. Raises UserError (a ValueError)
-    for unknown or damaged weights, without a network, for another architecture or an unfit size.
+    "model". The architecture is read off it, but for the number of heads, which no shape tells:
+    they are taken to be 64 wide, as in all of WEIGHTS. Raises UserError (a ValueError) for unknown
+    or damaged weights, without a network, for another architecture or an unfit size.
     """
     if weights in WEIGHTS:
         state = download(WEIGHTS[weights])
@@ -251,10 +252,10 @@ def prepare(images, img_size):
 # To add one, write a function and list it in DISTORTIONS: its option, the names of runs and the
 # evaluation come for free. It takes images [B, 3, H, W] in [0, 1], a severity for each image
 # [B, 1, 1, 1], the upper end of the severities' range and a generator. Its docstring becomes the
-# option's help.
+# option's help. (distort checks that shares are at most 1, by name.)
 
 def blur(images, severity, highest, generator):
-    """sigma of a Gaussian in pixels, with taps up to two sigma, edges reflected"""
+    """sigma of a Gaussian in pixels, with taps up to twice the highest, edges reflected"""
     B, _, H, W = images.shape
     radius = math.ceil(2 * highest)
     if radius >= min(H, W):  # reflection cannot pad further
@@ -312,7 +313,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     for name in DISTORTIONS:
         value = severities.get(name, 0)
         pair = value if isinstance(value, (tuple, list)) else (value, value)
-        most = 1 if name in ("contrast", "salt", "mask") else 1e9  # those are shares
+        most = 1 if name in ("contrast", "salt", "mask") else 1e9  # the three are shares
         if len(pair) != 2 or not 0 <= pair[0] <= pair[1] <= most:
             raise ValueError(f"{name} {value} is no number or ascending pair from 0 to {most:g}")
         if pair[1] > 0:
@@ -324,10 +325,11 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         images = images.float()
         per_image = (len(images), 1, 1, 1)
         source = {"generator": generator, "device": images.device}
-        choice = torch.randint(len(kinds), per_image, **source)
+        choice = torch.randint(len(kinds), per_image, **source)  # for one_of
         distorted = images
         for i, (name, (low, high)) in enumerate(kinds.items()):
             severity = low + (high - low) * torch.rand(per_image, **source)
+            # With one_of, an image whose turn it is has not been changed before.
             changed = DISTORTIONS[name](distorted, severity, high, generator)
             distorted = torch.where(choice == i, changed, distorted) if one_of else changed
         unchanged = torch.rand(per_image, **source) < clean
@@ -490,11 +492,11 @@ def write(path, chunks):
 def balanced_subset(labels, n, seed):
     """The indices, ascending, of n images drawn with this seed, classes as even as can be."""
     rng = np.random.default_rng(seed)
-    place = rng.random(len(labels))  # an image's rank in its class plus a fraction
+    place = rng.random(len(labels))  # a random order among the images of one turn
     for label in np.unique(labels):
         members = labels == label
-        place[members] += rng.permutation(members.sum())
-    return np.sort(np.argsort(place)[:n])
+        place[members] += rng.permutation(members.sum())  # an image's turn in its class
+    return np.sort(np.argsort(place)[:n])  # each class's first turn, then the second ones, …
 
 def load_data(cfg):
     """Training images, training labels, test images, test labels."""
@@ -583,7 +585,7 @@ def train(objective, optimizer, images, labels, cfg, first_epoch=0):
         steps = range(epoch * steps_per_epoch, min((epoch + 1) * steps_per_epoch, total_steps))
         bar = tqdm(steps, f"epoch {epoch + 1}", unit=" images", unit_scale=cfg.batch_size,
                    disable=RANK > 0 or not sys.stderr.isatty())
-        sums = 0  # of the gradient's norm, the loss and its terms
+        sums = 0  # of the figures of each step
         for step in bar:
             first = (step - steps[0]) * cfg.batch_size
             batch = order[first:first + cfg.batch_size]
@@ -602,21 +604,21 @@ def train(objective, optimizer, images, labels, cfg, first_epoch=0):
             norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
             optimizer.step()
 
+            names = ["norm", "loss", *terms]
             figures = torch.stack([norm, loss, *terms.values()]).detach()
             sums = sums + figures
             if step % 20 == 0 or step == steps[-1]:  # reading waits for the device
                 if not sums.isfinite().all():
                     raise UserError(f"loss or gradient not finite by step {step + 1}: lower --lr")
-                bar.set_postfix(zip(["norm", "loss", *terms], figures.tolist(), strict=True))
+                bar.set_postfix(zip(names, figures.tolist(), strict=True))
 
         if WORLD > 1:
             dist.all_reduce(sums)
-        means = (sums / len(steps) / WORLD).tolist()
+        means = dict(zip(names, (sums / len(steps) / WORLD).tolist(), strict=True))
         rate = len(steps) * cfg.batch_size / (time.perf_counter() - start)
-        row = {"epoch": epoch + 1, "step": step + 1, "loss": means[1], "global": None,
-               "patch": None, "attn": None, "lr": group["lr"], "images_per_s": rate}
-        row.update(zip(terms, means[2:], strict=True))
-        yield row
+        yield {"epoch": epoch + 1, "step": step + 1, "loss": means["loss"],
+               "global": means.get("global"), "patch": means.get("patch"),
+               "attn": means.get("attn"), "lr": group["lr"], "images_per_s": rate}
 
 # ---- The command line ----------------------------------------------------------------------------
 
@@ -636,7 +638,7 @@ NATURAL = between(0, 10**12, int)
 SHARE = between(0, 1)
 
 def add_machine_options(parser):
-    """Those that --resume takes, since they leave the result as it is."""
+    """Those that --resume takes: they say where and how to compute, not what."""
     add = parser.add_argument
     add("--resume", metavar="RUN", help="continue this run with its own options")
     add("--root", default="data", help="where data are downloaded and decoded to [data]")
@@ -656,7 +658,8 @@ def add_run_options(parser):
         add(f"--{name}", type=float, nargs="+", help=f"{function.__doc__}; two values: a range [0]")
     add("--one-of", action="store_true", help="one distortion per image, not all [off, mixture on]")
     add("--clean", type=SHARE, help="share of images that stay clean [0, mixture 0.2]")
-    add("--method", default="distill", choices=["distill", "contrastive", "supervised"])
+    add("--method", default="distill", choices=["distill", "contrastive", "supervised"],
+        help="[distill]")
     add("--loss-weights", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("G", "P", "A"),
         help="of the global, the patch and the attention term [1 1 1]")
     add("--attn-blocks", type=NATURAL, default=1, help="last blocks whose maps are compared [1]")
@@ -701,6 +704,7 @@ def set_defaults(cfg):
     for name in DISTORTIONS:  # one value is a number, two are a range
         values = getattr(cfg, name) or [0.0]
         setattr(cfg, name, values[0] if len(values) == 1 else values)
+    # A run is named after what was typed, so before --clean gets its default.
     label = "mixture" if mixture else describe(severities_of(cfg), cfg.one_of)
     label += f"-clean{cfg.clean:g}" if cfg.clean else ""
     label += f"-{cfg.method}" if cfg.method != "distill" else ""
@@ -735,7 +739,8 @@ def check_options(cfg):
     with explain("an option is out of range", ValueError):
         black = torch.zeros(1, 3, cfg.data_size, cfg.data_size)
         distort(black, None, cfg.one_of, cfg.clean, **severities_of(cfg))
-        distill_loss(Features(black, black), Features(black, black), cfg.loss_weights)
+        features = Features(black, black)  # any tensors do, to have the loss weights checked
+        distill_loss(features, features, cfg.loss_weights)
     distorted = cfg.clean < 1 and severities_of(cfg)
     compared = any(cfg.loss_weights[:2]) or cfg.attn_blocks > 0
     if cfg.method == "distill" and not (distorted and compared):
@@ -748,6 +753,7 @@ def read_config(folder):
     with explain(f"{folder} holds no run of distill.py", OSError, ValueError, TypeError):
         with open(f"{folder}/config.json") as file:
             config = json.load(file)
+        # Enough to tell it from a foreign one; an older version's may lack other options.
         if not {"data", "data_size", "attn_blocks", "one_of", "device", "compile"} <= set(config):
             raise ValueError("its config.json is of another program")
     return {**config, "out": folder}
@@ -756,7 +762,7 @@ def configure():
     """The options of this run, resolved and checked; with --resume those that it began with."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
     add_machine_options(parser)
-    resume = parser.parse_known_args()[0].resume
+    resume = parser.parse_known_args()[0].resume  # which options there are depends on it
     if resume is None:
         add_run_options(parser)
         cfg = parser.parse_args()
@@ -827,11 +833,11 @@ def main():
     last = f"{cfg.out}/last.pt"
     resumed = cfg.resume is not None and os.path.exists(last)
     weights = f"{cfg.out}/teacher.pth" if resumed else cfg.weights
-    if LOCAL_RANK > 0:  # the first process of a machine downloads and decodes alone
+    if LOCAL_RANK > 0:  # a machine's first process downloads and decodes alone; the others wait
         dist.barrier()
     images, labels, test_images, test_labels = load_data(cfg)
     teacher = make_teacher(weights, labels, cfg)
-    if WORLD > 1 and LOCAL_RANK == 0:
+    if WORLD > 1 and LOCAL_RANK == 0:  # now it lets them go on
         dist.barrier()
 
     if RANK == 0 and cfg.resume is None:
@@ -878,7 +884,8 @@ def run(main):
     except KeyboardInterrupt:
         message = "interrupted; once it trains, a run goes on with python distill.py --resume RUN"
     except (UserError, OSError) as error:
-        message = str(error).split("UserError: ")[-1]  # a worker's traceback is in front
+        # A worker that decodes images puts its traceback in front of the message.
+        message = str(error).split("UserError: ")[-1]
     except (MemoryError, RuntimeError) as error:
         if not any(text in repr(error) for text in ("MemoryError", "of memory", "allocate memory")):
             raise

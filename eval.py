@@ -48,7 +48,7 @@ def fit_probe(x, y):
     def scores(x, weights):  # [N, classes]; the last column of weights [classes, D + 1] is the bias
         return F.linear(x, weights[:, :-1], weights[:, -1])
 
-    def solve(x, y, strength):
+    def solve(x, y, strength):  # y [N] indexes classes, which are found below
         weights = torch.zeros(len(classes), x.shape[1] + 1, device=x.device, requires_grad=True)
         optimizer = torch.optim.LBFGS([weights], max_iter=100, tolerance_change=1e-5,
                                       line_search_fn="strong_wolfe")
@@ -102,14 +102,15 @@ def evaluate(cfg, vits, data):
     clean_accuracy = accuracy(clean_probe, clean_test, test_labels)
     rows = []
     by_share = {share: defaultdict(list) for share in cfg.labels}
-    tests = [{}, distill.severities_of(cfg), *HELD_OUT]
-    for i, severities in enumerate(tqdm(tests, "evaluating", disable=None)):
-        seen = i == 1  # the run's own distortion
+    tests = [({}, False), (distill.severities_of(cfg), True)]  # True: seen in training
+    tests += [(severities, False) for severities in HELD_OUT]
+    for severities, seen in tqdm(tests, "evaluating", disable=None):
         one_of = seen and cfg.one_of
         shares = cfg.labels if seen else []
         figures = defaultdict(list)  # a value for each seed
         for seed in range(cfg.seeds if severities else 1):
             for who, vit in vits.items():
+                # Even seeds distort the training images, odd ones the test images.
                 x = distill.embed(vit, images, cfg, severities, one_of, 2 * seed)
                 test_x = distill.embed(vit, test_images, cfg, severities, one_of, 2 * seed + 1)
                 cosine = F.cosine_similarity(test_x, clean_test).mean().item()
@@ -117,7 +118,7 @@ def evaluate(cfg, vits, data):
                 figures[f"probe_{who}"].append(linear_probe(x, labels, test_x, test_labels))
                 figures[f"clean_probe_{who}"].append(accuracy(clean_probe, test_x, test_labels))
                 for share in shares:
-                    kept = distill.balanced_subset(labels, math.ceil(share * len(labels)), seed)
+                    kept = distill.balanced_subset(labels, max(1, round(share * len(labels))), seed)
                     found = linear_probe(x[kept], labels[kept], test_x, test_labels)
                     by_share[share][f"probe_{who}"].append(found)
             teacher = figures["probe_teacher"][-1]
@@ -181,6 +182,7 @@ def draw_attention(path, cfg, vits, images):
         heat = heat / heat.amax(dim=1, keepdim=True)
         heat = heat.unflatten(1, (1, math.isqrt(num_patches), -1))
         heat = F.interpolate(heat, clean.shape[2:], mode="bilinear")
+        # From black over red and yellow to white as heat rises.
         colour = torch.cat([3 * heat, 3 * heat - 1, 3 * heat - 2], dim=1).clamp(0, 1)
         columns.append(0.4 * clean.mean(dim=1, keepdim=True) + 0.6 * colour)
 
@@ -200,23 +202,25 @@ def main():
     add("--labels", type=share, nargs="+", default=[1.0], help="shares of the labels [1.0]")
     add("--seeds", type=distill.COUNT, default=3, help="draws of distortions and labels [3]")
     add("--max-images", type=distill.COUNT, help="of either split [the run's; of stripes 300]")
-    add("--batch-size", type=distill.COUNT, help="[the run's]")
+    add("--batch-size", type=distill.COUNT, help="distortions are drawn by batch [the run's]")
     add("--device", help="[the run's]")
     add("--dtype", choices=["float32", "bfloat16"], help="[the run's]")
     add("--workers", type=distill.NATURAL, help="[the run's]")
     add("--data", help="[the run's]")
     add("--root", help="[the run's]")
-    parser.set_defaults(**distill.read_config(parser.parse_args().run))  # unless typed
+    run = parser.parse_args().run
+    parser.set_defaults(**distill.read_config(run))  # for what was not typed
     cfg = parser.parse_args()
     distill.use_device(cfg.device)
     if cfg.data == "stripes":
         cfg.max_images = cfg.max_images or 300
-    if not os.path.exists(f"{cfg.run}/student.pth"):
-        raise distill.UserError(f"{cfg.run} has no student.pth yet: distill.py --resume {cfg.run}")
 
     vits = {}
     for who in ("teacher", "student"):
-        vits[who] = distill.load_vit(f"{cfg.run}/{who}.pth", cfg.img_size).to(cfg.device)
+        path = f"{cfg.run}/{who}.pth"
+        if not os.path.exists(path):
+            raise distill.UserError(f"{path} is not there yet: distill.py --resume {cfg.run}")
+        vits[who] = distill.load_vit(path, cfg.img_size).to(cfg.device)
     if cfg.pictures:
         images = np.stack([distill.read_image(path, cfg.data_size) for path in cfg.pictures])
     else:
