@@ -35,14 +35,18 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 class UserError(ValueError):
     """A mistake that the user can mend: the message says what is wrong and what to do."""
 
+def out_of_memory(error):
+    """Whether it is that; a GPU's illegal memory access, for one, is not."""
+    return any(text in repr(error) for text in ("MemoryError", "of memory", "allocate memory"))
+
 @contextlib.contextmanager
 def explain(message, *errors):
     """Turn these errors into the user's, with a message that says what was being done."""
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
     except errors as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
         raise UserError(f"{message}: {error}") from error
 
 # ---- The Vision Transformer: parameters are named as in DINO and DINOv2 --------------------------
@@ -115,14 +119,18 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x))), attn
 
 class ViT(nn.Module):
-    """A pre-norm Vision Transformer (arXiv 2010.11929) that also gives its attention maps; sizes in
-    pixels a side, registers as in arXiv 2309.16588. Tokens: cls, registers, patches. Raises
-    ValueError unless patch_size divides img_size and num_heads divides embed_dim.
+    """A pre-norm Vision Transformer (arXiv 2010.11929) that also gives its attention maps.
+
+    img_size and patch_size are sides in pixels; registers are those of arXiv 2309.16588. Tokens:
+    cls, registers, patches. Raises ValueError for sizes below 1, and unless patch_size divides
+    img_size and num_heads divides embed_dim.
     """
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0,
                  num_registers=0, layer_scale=False):
         super().__init__()
-        if min(patch_size, num_heads) < 1 or img_size % patch_size or embed_dim % num_heads:
+        if min(img_size, patch_size, embed_dim, depth, num_heads) < 1:
+            raise ValueError("img_size, patch_size, embed_dim, depth and num_heads are at least 1")
+        if img_size % patch_size or embed_dim % num_heads:
             raise ValueError(f"not divisible: {img_size=} {patch_size=} {embed_dim=} {num_heads=}")
         self.img_size = img_size
         self.num_registers = num_registers
@@ -140,7 +148,8 @@ class ViT(nn.Module):
 
     def forward(self, images, attn_blocks=0):
         """Features of normalized images [B, 3, img_size, img_size], with the float32 attention maps
-        of the last attn_blocks blocks. Raises ValueError for other shapes and for too many blocks.
+        of the last attn_blocks blocks. Raises ValueError for other shapes and for more blocks than
+        there are.
         """
         if images.shape[1:] != (3, self.img_size, self.img_size):
             raise ValueError(f"images {list(images.shape)} are not {self.img_size} pixels a side")
@@ -156,10 +165,9 @@ class ViT(nn.Module):
         maps = []
         for i, block in enumerate(self.blocks):
             x, attn = block(x, need_map=i >= first_map)
-            if i >= first_map:
-                maps.append(attn)
+            maps.append(attn)
         x = self.norm(x)
-        return Features(x[:, 0], x[:, 1 + self.num_registers:], tuple(maps))
+        return Features(x[:, 0], x[:, 1 + self.num_registers:], tuple(maps[first_map:]))
 
 # ---- Pretrained weights --------------------------------------------------------------------------
 
@@ -216,26 +224,27 @@ def load_vit(weights, img_size):
     with explain(f"{weights} does not fit", Exception):  # whatever a foreign file may lack
         state = state.get("model", state)
         dropped = ("mask_token", "head")
-        state = {key: value.float() for key, value in state.items() if not key.startswith(dropped)}
-        kernel = state["patch_embed.proj.weight"]  # [D, 3, patch, patch]
-        embed_dim, patch_size = kernel.shape[0], kernel.shape[-1]
+        state = {key: value for key, value in state.items() if not key.startswith(dropped)}
+        embed_dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
         if embed_dim % 64:
             raise ValueError(f"its width {embed_dim} is not a multiple of 64")
-        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-        registers = state.get("register_tokens", torch.empty(1, 0, embed_dim))
+        depth = sum(key.endswith(".norm1.weight") for key in state)  # one a block
+        num_registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
         vit = ViT(img_size, patch_size, embed_dim, depth, num_heads=embed_dim // 64,
                   mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / embed_dim,
-                  num_registers=registers.shape[1], layer_scale="blocks.0.ls1.gamma" in state)
+                  num_registers=num_registers, layer_scale="blocks.0.ls1.gamma" in state)
 
         # Position embeddings are resized bicubically to the new grid of patches, as in DINO.
-        pos = state["pos_embed"]
-        old, new = math.isqrt(pos.shape[1] - 1), img_size // patch_size
-        grid = pos[:, 1:].transpose(1, 2).unflatten(2, (old, old))  # [1, D, old, old]
-        grid = F.interpolate(grid, (new, new), mode="bicubic").flatten(2).transpose(1, 2)
+        pos = state["pos_embed"].float()
+        side = math.isqrt(pos.shape[1] - 1)
+        grid = pos[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # [1, D, side, side]
+        grid = F.interpolate(grid, img_size // patch_size, mode="bicubic")
+        grid = grid.flatten(2).transpose(1, 2)  # [1, N, D]
         state["pos_embed"] = torch.cat([pos[:, :1], grid], dim=1)
         vit.load_state_dict(state)  # copies the values
     return vit
 
+# Mean and standard deviation of the channels, each [3, 1, 1].
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
 
 def prepare(images, img_size):
@@ -244,7 +253,7 @@ def prepare(images, img_size):
     """
     if images.shape[2:] != (img_size, img_size):
         smaller = img_size < max(images.shape[2:])
-        images = F.interpolate(images, (img_size, img_size), mode="bicubic", antialias=smaller)
+        images = F.interpolate(images, img_size, mode="bicubic", antialias=smaller)
     mean, std = IMAGENET.to(images.device, non_blocking=True)
     return (images - mean) / std
 
@@ -252,7 +261,7 @@ def prepare(images, img_size):
 # To add one, write a function and list it in DISTORTIONS: its option, the names of runs and the
 # evaluation come for free. It takes images [B, 3, H, W] in [0, 1], a severity for each image
 # [B, 1, 1, 1], the upper end of the severities' range and a generator. Its docstring becomes the
-# option's help. (distort checks that shares are at most 1, by name.)
+# option's help. (A share, which is at most 1, may also be listed in distort's check.)
 
 def blur(images, severity, highest, generator):
     """sigma of a Gaussian in pixels, with taps up to twice the highest, edges reflected"""
@@ -307,8 +316,10 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images are {images.dtype} {list(images.shape)}, not float [B, 3, H, W]")
-    if not 0 <= clean <= 1 or not severities.keys() <= DISTORTIONS.keys():
-        raise ValueError(f"clean {clean} is not in [0, 1], or {[*severities]} in {[*DISTORTIONS]}")
+    if not severities.keys() <= DISTORTIONS.keys():
+        raise ValueError(f"{[*severities]} are not all among {[*DISTORTIONS]}")
+    if not 0 <= clean <= 1:
+        raise ValueError(f"clean {clean} is not in [0, 1]")
     kinds = {}
     for name in DISTORTIONS:
         value = severities.get(name, 0)
@@ -329,7 +340,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         distorted = images
         for i, (name, (low, high)) in enumerate(kinds.items()):
             severity = low + (high - low) * torch.rand(per_image, **source)
-            # With one_of, an image whose turn it is has not been changed before.
+            # With one_of an image is changed in one turn only: it is still clean when that comes.
             changed = DISTORTIONS[name](distorted, severity, high, generator)
             distorted = torch.where(choice == i, changed, distorted) if one_of else changed
         unchanged = torch.rand(per_image, **source) < clean
@@ -427,9 +438,9 @@ def draw_stripes(n, size, seed):
     return images, labels
 
 def list_data(cfg):
-    """The training and the test split, as images, or the paths of image files, and labels."""
+    """For the training and the test split: images, or the paths of image files, and labels."""
     if cfg.data == "stripes":
-        return [draw_stripes(n, cfg.data_size, seed) for n, seed in ((5600, 1), (1000, 0))]
+        return draw_stripes(5600, cfg.data_size, seed=1), draw_stripes(1000, cfg.data_size, seed=0)
     with explain(f"torchvision does not work with torch {torch.__version__}", Exception):
         from torchvision import datasets
     if cfg.data not in NATIVE_SIZE:
@@ -443,7 +454,7 @@ def list_data(cfg):
         return [(np.array([path for path, _ in split.samples]), split.targets) for split in splits]
 
     dataset = getattr(datasets, cfg.data.upper())
-    names = ["train", "test"] if cfg.data == "stl10" else [True, False]  # True: train
+    names = ["train", "test"] if cfg.data == "stl10" else [True, False]  # train= of CIFAR
     offline = f"put {dataset.url} into {cfg.root}, or use --data stripes or --data FOLDER"
     with explain(f"cannot download {cfg.data}, {offline}", OSError, RuntimeError):
         splits = [dataset(cfg.root, name, download=True) for name in names]
@@ -460,21 +471,6 @@ def read_image(path, size):
             raise ValueError("it has more than 8 bits a channel")
         return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
 
-def decode(paths, cfg):
-    """The images of these files, memory-mapped from a file under cfg.root that is made once."""
-    key = hashlib.sha256()
-    for path in paths:
-        stat = os.stat(path)
-        key.update(f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    target = f"{cfg.root}/decoded-{cfg.data_size}-{key.hexdigest()[:16]}.raw"
-    if not os.path.exists(target):
-        os.makedirs(cfg.root, exist_ok=True)
-        # With batch_size None a worker calls collate_fn on each path.
-        read = functools.partial(read_image, size=cfg.data_size)
-        loader = torch.utils.data.DataLoader(paths, None, num_workers=cfg.workers, collate_fn=read)
-        write(target, (image.tobytes() for image in tqdm(loader, "decoding images", disable=None)))
-    return np.memmap(target, np.uint8, "r", shape=(len(paths), cfg.data_size, cfg.data_size, 3))
-
 def write(path, chunks):
     """Write bytes to a temporary file, then rename it, so that path is never half-written."""
     part = f"{path}.{os.getpid()}-{time.time_ns()}.part"
@@ -489,23 +485,39 @@ def write(path, chunks):
         if os.path.exists(part):
             os.remove(part)
 
+def decode(paths, cfg):
+    """The images of these files, memory-mapped from a file under cfg.root that is made once."""
+    key = hashlib.sha256()
+    for path in paths:
+        stat = os.stat(path)
+        line = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}\n"
+        key.update(os.fsencode(line))  # whatever bytes the name has
+    target = f"{cfg.root}/decoded-{cfg.data_size}-{key.hexdigest()[:16]}.raw"
+    if not os.path.exists(target):
+        os.makedirs(cfg.root, exist_ok=True)
+        read = functools.partial(read_image, size=cfg.data_size)
+        loader = torch.utils.data.DataLoader(  # whose workers call read on each path
+            paths, batch_size=None, num_workers=cfg.workers, collate_fn=read)
+        write(target, (image.tobytes() for image in tqdm(loader, "decoding images", disable=None)))
+    return np.memmap(target, np.uint8, "r", shape=(len(paths), cfg.data_size, cfg.data_size, 3))
+
 def balanced_subset(labels, n, seed):
     """The indices, ascending, of n images drawn with this seed, classes as even as can be."""
     rng = np.random.default_rng(seed)
-    place = rng.random(len(labels))  # a random order among the images of one turn
+    turn = rng.random(len(labels))  # the fraction orders the classes within a turn
     for label in np.unique(labels):
         members = labels == label
-        place[members] += rng.permutation(members.sum())  # an image's turn in its class
-    return np.sort(np.argsort(place)[:n])  # each class's first turn, then the second ones, …
+        turn[members] += rng.permutation(members.sum())  # a class's images take turns 0, 1, 2, …
+    return np.sort(np.argsort(turn)[:n])
 
 def load_data(cfg):
     """Training images, training labels, test images, test labels."""
     four = []
-    for images, labels in list_data(cfg):
+    for items, labels in list_data(cfg):
         labels = np.array(labels, np.int64)
         kept = balanced_subset(labels, cfg.max_images or len(labels), cfg.seed)
-        images = images[kept]
-        if cfg.data not in NATIVE_SIZE:
+        images = items[kept]
+        if cfg.data not in NATIVE_SIZE:  # then the items are paths
             images = decode(images.tolist(), cfg)
         elif images.shape[1] != cfg.data_size:
             from PIL import Image
@@ -518,7 +530,7 @@ def load_data(cfg):
 
 def autocast(cfg):
     """bfloat16 where the run asks for it."""
-    kind = cfg.device.split(":")[0]  # cuda of cuda:1
+    kind = torch.device(cfg.device).type
     return torch.autocast(kind, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 def to_device(array, device):
@@ -558,8 +570,9 @@ def learning_rate(step, total_steps, cfg):
     return cfg.lr * (1 + math.cos(math.pi * progress)) / 2
 
 def make_optimizer(objective, cfg):
-    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    """AdamW, which leaves alone what gets no gradient: the frozen teacher."""
+    return torch.optim.AdamW(
+        objective.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
 def count_steps(labels, cfg):
     """Steps of an epoch, without the ragged last batch, and of the run."""
@@ -570,10 +583,12 @@ def train(objective, optimizer, images, labels, cfg, first_epoch=0):
     """Train on uint8 images [N, S, S, 3]: a generator that yields a row of figures per epoch.
 
     The order of images depends on (seed, epoch), the distortion of a batch on (seed, step): a
-    step's number is the whole random state. Raises UserError where the loss is not finite.
+    step's number is the whole random state. Raises UserError where the loss or its gradient is not
+    finite.
     """
     steps_per_epoch, total_steps = count_steps(labels, cfg)
-    own = slice(RANK, None, WORLD)  # this process's part of a batch
+    own = slice(RANK, None, WORLD)  # this process's part of a batch: every WORLD-th image
+    severities = severities_of(cfg)
     generator = torch.Generator(cfg.device)
     model = torch.compile(objective, dynamic=False) if cfg.compile else objective
     if WORLD > 1:
@@ -585,36 +600,39 @@ def train(objective, optimizer, images, labels, cfg, first_epoch=0):
         steps = range(epoch * steps_per_epoch, min((epoch + 1) * steps_per_epoch, total_steps))
         bar = tqdm(steps, f"epoch {epoch + 1}", unit=" images", unit_scale=cfg.batch_size,
                    disable=RANK > 0 or not sys.stderr.isatty())
-        sums = 0  # of the figures of each step
+        history = []  # of the steps' figures
         for step in bar:
             first = (step - steps[0]) * cfg.batch_size
             batch = order[first:first + cfg.batch_size]
+            own_labels = to_device(labels[batch[own]], cfg.device)
             clean = to_float(images[batch], cfg.device)
-            # All processes distort the whole batch alike: together they train as one would.
+            # All processes distort the whole batch alike: together they train as one would. (No two
+            # seeds share a number in runs below a million steps.)
             generator.manual_seed(1_000_003 * cfg.seed + step)
-            distorted = distort(clean, generator, cfg.one_of, cfg.clean, **severities_of(cfg))
+            distorted = distort(clean, generator, cfg.one_of, cfg.clean, **severities)
 
             group = optimizer.param_groups[0]  # the only one
             group["lr"] = learning_rate(step, total_steps, cfg)
             with autocast(cfg):
-                own_labels = to_device(labels[batch[own]], cfg.device)
                 loss, terms = model(clean[own], distorted[own], own_labels)
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
             optimizer.step()
 
-            names = ["norm", "loss", *terms]
-            figures = torch.stack([norm, loss, *terms.values()]).detach()
-            sums = sums + figures
+            figures = {"norm": norm, "loss": loss, **terms}
+            history.append(torch.stack([*figures.values()]).detach())
             if step % 20 == 0 or step == steps[-1]:  # reading waits for the device
-                if not sums.isfinite().all():
-                    raise UserError(f"loss or gradient not finite by step {step + 1}: lower --lr")
-                bar.set_postfix(zip(names, figures.tolist(), strict=True))
+                finite = torch.stack(history[-20:]).isfinite().all(dim=1).tolist()
+                if not all(finite):
+                    bad = step + 1 - len(finite) + finite.index(False)
+                    raise UserError(f"loss or gradient not finite at step {bad + 1}: lower --lr")
+                bar.set_postfix(zip(figures, history[-1].tolist(), strict=True))
 
+        means = torch.stack(history).mean(dim=0)
         if WORLD > 1:
-            dist.all_reduce(sums)
-        means = dict(zip(names, (sums / len(steps) / WORLD).tolist(), strict=True))
+            dist.all_reduce(means)
+        means = dict(zip(figures, (means / WORLD).tolist(), strict=True))
         rate = len(steps) * cfg.batch_size / (time.perf_counter() - start)
         yield {"epoch": epoch + 1, "step": step + 1, "loss": means["loss"],
                "global": means.get("global"), "patch": means.get("patch"),
@@ -622,7 +640,8 @@ def train(objective, optimizer, images, labels, cfg, first_epoch=0):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-MIXTURE = {"blur": [0, 1.5], "noise": [0, 0.4], "mask": [0, 0.6], "one_of": True}  # the default
+# Without any distortion typed; the share of clean images is then 0.2.
+MIXTURE = {"blur": [0, 1.5], "noise": [0, 0.4], "mask": [0, 0.6], "one_of": True}
 
 def between(low, high, kind=float):
     """For argparse's type=: a number from low to high."""
@@ -648,7 +667,6 @@ def add_machine_options(parser):
 
 def add_run_options(parser):
     add = parser.add_argument
-    add("-h", "--help", action="help", help="show this")
     add("--data", default="stripes", help=f"{', '.join(NATIVE_SIZE)} or a folder [stripes]")
     add("--max-images", type=COUNT, help="size of a class-balanced subset of either split [all]")
     add("--weights", help="a name, a path or scratch [dinov2_vits14; for stripes scratch]")
@@ -660,8 +678,8 @@ def add_run_options(parser):
     add("--clean", type=SHARE, help="share of images that stay clean [0, mixture 0.2]")
     add("--method", default="distill", choices=["distill", "contrastive", "supervised"],
         help="[distill]")
-    add("--loss-weights", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("G", "P", "A"),
-        help="of the global, the patch and the attention term [1 1 1]")
+    add("--loss-weights", type=between(0, 1e9), nargs=3, default=[1.0, 1.0, 1.0],
+        metavar=("G", "P", "A"), help="of the global, the patch and the attention term [1 1 1]")
     add("--attn-blocks", type=NATURAL, default=1, help="last blocks whose maps are compared [1]")
     add("--epochs", type=COUNT, default=6, help="[6]")
     add("--pretrain-epochs", type=COUNT, default=3, help="with labels, of a scratch teacher [3]")
@@ -688,13 +706,23 @@ def best_device():
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 def use_device(device):
-    """Raise UserError where this process has no such device; cuda is one GPU for each process."""
+    """Check that this process has the device, and choose its GPU where that is just cuda."""
     message = f"there is no --device {device} for process {LOCAL_RANK} of this machine"
     with explain(message, RuntimeError, AssertionError):
         if device == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
         torch.zeros(1, device=device)
         torch.Generator(device)
+
+def run_name(cfg, mixture):
+    """As in cifar10-blur1-or-noise0-0.3-clean0.2, from what was typed."""
+    name = "mixture" if mixture else describe(severities_of(cfg), cfg.one_of)
+    name = name.replace("=", "").replace(" or ", "-or-")
+    if cfg.clean or (mixture and cfg.clean == 0):
+        name += f"-clean{cfg.clean:g}"
+    if cfg.method != "distill":
+        name += f"-{cfg.method}"
+    return f"{os.path.basename(os.path.abspath(cfg.data))}-{name}"
 
 def set_defaults(cfg):
     """Fill in what depends on other options or on the machine."""
@@ -704,14 +732,9 @@ def set_defaults(cfg):
     for name in DISTORTIONS:  # one value is a number, two are a range
         values = getattr(cfg, name) or [0.0]
         setattr(cfg, name, values[0] if len(values) == 1 else values)
-    # A run is named after what was typed, so before --clean gets its default.
-    label = "mixture" if mixture else describe(severities_of(cfg), cfg.one_of)
-    label += f"-clean{cfg.clean:g}" if cfg.clean else ""
-    label += f"-{cfg.method}" if cfg.method != "distill" else ""
+    cfg.out = cfg.out or f"runs/{run_name(cfg, mixture)}"
     if cfg.clean is None:
         cfg.clean = 0.2 if mixture else 0.0
-    data = os.path.basename(os.path.abspath(cfg.data))
-    cfg.out = cfg.out or f"runs/{data}-{label.replace('=', '').replace(' or ', '-or-')}"
 
     cfg.weights = cfg.weights or ("scratch" if cfg.data == "stripes" else "dinov2_vits14")
     scratch = cfg.weights == "scratch"
@@ -735,14 +758,13 @@ def check_options(cfg):
     use_device(cfg.device)
     if WORLD > 1 and ":" in cfg.device:
         raise UserError(f"--device {cfg.device} is one GPU for {WORLD} processes; say cuda")
-    # The pieces know their own limits: try them on a black image.
     with explain("an option is out of range", ValueError):
+        # Every distortion knows its own limits: try them on a black image.
         black = torch.zeros(1, 3, cfg.data_size, cfg.data_size)
-        distort(black, None, cfg.one_of, cfg.clean, **severities_of(cfg))
-        features = Features(black, black)  # any tensors do, to have the loss weights checked
-        distill_loss(features, features, cfg.loss_weights)
+        distort(black, **severities_of(cfg))
     distorted = cfg.clean < 1 and severities_of(cfg)
-    compared = any(cfg.loss_weights[:2]) or cfg.attn_blocks > 0
+    on_cls, on_patches, on_maps = cfg.loss_weights
+    compared = on_cls or on_patches or (on_maps and cfg.attn_blocks)
     if cfg.method == "distill" and not (distorted and compared):
         raise UserError("the loss would be 0 throughout: nothing is distorted, or nothing compared")
     if cfg.method == "contrastive" and cfg.batch_size == 1:
@@ -750,29 +772,33 @@ def check_options(cfg):
 
 def read_config(folder):
     """The options of the run in this folder."""
+    parser = argparse.ArgumentParser()
+    add_machine_options(parser)
+    add_run_options(parser)
     with explain(f"{folder} holds no run of distill.py", OSError, ValueError, TypeError):
         with open(f"{folder}/config.json") as file:
-            config = json.load(file)
-        # Enough to tell it from a foreign one; an older version's may lack other options.
-        if not {"data", "data_size", "attn_blocks", "one_of", "device", "compile"} <= set(config):
-            raise ValueError("its config.json is of another program")
-    return {**config, "out": folder}
+            cfg = argparse.Namespace(**json.load(file))
+        # A distortion may be newer than the run.
+        missing = vars(parser.parse_args([])).keys() - vars(cfg).keys() - DISTORTIONS.keys()
+        if missing:
+            raise ValueError(f"its config.json lacks {sorted(missing)}")
+    cfg.out = folder
+    return cfg
 
 def configure():
     """The options of this run, resolved and checked; with --resume those that it began with."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add_machine_options(parser)
-    resume = parser.parse_known_args()[0].resume  # which options there are depends on it
-    if resume is None:
+    if any(word.startswith("--resume") for word in sys.argv):
+        cfg = read_config(parser.parse_args().resume)  # refuses all other options
+        cfg = parser.parse_args(namespace=cfg)  # what is typed overrides them
+    else:
         add_run_options(parser)
         cfg = parser.parse_args()
         set_defaults(cfg)
-    else:
-        parser.set_defaults(**read_config(resume))  # what is typed overrides them
-        cfg = parser.parse_args()  # refuses all other options
     check_options(cfg)
     if cfg.compile:
-        try:  # on something small, whether a compiler is there
+        try:  # on something small: is there a compiler?
             torch.compile(lambda x: x + 1)(torch.zeros(2, device=cfg.device))
         except Exception as error:
             print(f"warning: eager, since torch.compile fails: {error!r:.200}", file=sys.stderr)
@@ -781,29 +807,37 @@ def configure():
 
 def save(path, content):
     """torch.save, which leaves a file whole or as it was."""
-    buffer = io.BytesIO()  # because torch.save hides why it could not write to a disk
+    buffer = io.BytesIO()  # straight to disk, torch.save would hide why a write failed
     torch.save(content, buffer)
     write(path, [buffer.getbuffer()])
 
-def make_teacher(weights, labels, cfg):
-    """The teacher: pretrained, or a small ViT that is yet to be trained."""
-    torch.manual_seed(cfg.seed)
-    if weights == "scratch":
-        teacher = ViT(cfg.img_size, cfg.img_size // 8, embed_dim=128, depth=4, num_heads=2)
-    else:
-        teacher = load_vit(weights, cfg.img_size)
-    if cfg.attn_blocks > len(teacher.blocks):
-        raise UserError(f"--attn-blocks is more than the ViT has, which is {len(teacher.blocks)}")
+def check_data(labels, cfg):
+    """Raise UserError where there are too few images or classes for the options."""
     if cfg.batch_size > len(labels):
         raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(labels)} images")
-    if labels.max() == 0 and (weights == "scratch" or cfg.method == "supervised"):
+    if labels.max() == 0 and (cfg.weights == "scratch" or cfg.method == "supervised"):
         raise UserError("there is only one class, so there is nothing to learn from labels")
+
+def make_teacher(cfg):
+    """The teacher: pretrained, or a small ViT that is yet to be trained."""
+    torch.manual_seed(cfg.seed)
+    if cfg.weights == "scratch":
+        teacher = ViT(cfg.img_size, cfg.img_size // 8, embed_dim=128, depth=4, num_heads=2)
+    else:
+        teacher = load_vit(cfg.weights, cfg.img_size)
+    if cfg.attn_blocks > len(teacher.blocks):
+        raise UserError(f"--attn-blocks is more than the ViT has, which is {len(teacher.blocks)}")
     return teacher.to(cfg.device)
+
+def say(text):
+    if RANK == 0:
+        print(text, flush=True)
 
 def pretrain(teacher, images, labels, num_classes, cfg):
     """Train a teacher with labels on clean images, as method supervised does on distorted ones."""
     cfg = copy.copy(cfg)
-    vars(cfg).update(dict.fromkeys(DISTORTIONS, 0))
+    for name in DISTORTIONS:
+        setattr(cfg, name, 0)
     cfg.method = "supervised"
     cfg.epochs = cfg.pretrain_epochs
     cfg.max_steps = None
@@ -811,8 +845,16 @@ def pretrain(teacher, images, labels, num_classes, cfg):
     for row in train(objective, make_optimizer(objective, cfg), images, labels, cfg):
         say(f"teacher: {json.dumps(row)}")
 
+def create_run(cfg):
+    """Make the run's folder with its config.json; refuse a folder that holds a run."""
+    hint = f"choose another, or --resume {cfg.out} if it holds a run"
+    with explain(f"cannot begin a run in --out {cfg.out}, {hint}", OSError):
+        os.makedirs(cfg.out, exist_ok=True)
+        with open(f"{cfg.out}/config.json", "x") as file:  # not over that of another run
+            json.dump(vars(cfg), file, indent=1)
+
 def restore(path, objective, optimizer, facts):
-    """Load a checkpoint and return its log."""
+    """Load a checkpoint and return its log; refuse it where the data have changed since."""
     checkpoint = read_tensors(path)
     with explain(f"{path} is not of this run; delete it", Exception):  # whatever it may hold
         if checkpoint["facts"] != facts:
@@ -821,52 +863,53 @@ def restore(path, objective, optimizer, facts):
         optimizer.load_state_dict(checkpoint["optimizer"])
         return checkpoint["log"]
 
-def say(text):
-    if RANK == 0:
-        print(text, flush=True)
+def held_out_cosine(vit, images, target, cfg):
+    """Mean cosine of its embeddings of these images, distorted, with the target embeddings."""
+    embeddings = embed(vit, images, cfg, severities_of(cfg), cfg.one_of, cfg.seed)
+    mean = F.cosine_similarity(embeddings, target).mean().item()
+    if not math.isfinite(mean):  # after an epoch's last update, which no loss has shown
+        raise UserError("the embeddings are not finite: lower --lr")
+    return mean
 
 def main():
     cfg = configure()
     if WORLD > 1:
         day = datetime.timedelta(days=1)  # which downloading and decoding may take
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=day)
+    say("  ".join(f"{name}={value}" for name, value in vars(cfg).items()))
     last = f"{cfg.out}/last.pt"
     resumed = cfg.resume is not None and os.path.exists(last)
-    weights = f"{cfg.out}/teacher.pth" if resumed else cfg.weights
+    if resumed:
+        cfg.weights = f"{cfg.out}/teacher.pth"
     if LOCAL_RANK > 0:  # a machine's first process downloads and decodes alone; the others wait
-        dist.barrier()
+        with explain("another process has failed and says why", RuntimeError):
+            dist.barrier()
     images, labels, test_images, test_labels = load_data(cfg)
-    teacher = make_teacher(weights, labels, cfg)
+    check_data(labels, cfg)
+    teacher = make_teacher(cfg)
+    if RANK == 0 and cfg.resume is None:
+        create_run(cfg)
     if WORLD > 1 and LOCAL_RANK == 0:  # now it lets them go on
         dist.barrier()
 
-    if RANK == 0 and cfg.resume is None:
-        hint = f"choose another, or --resume {cfg.out} if it holds a run"
-        with explain(f"cannot begin a run in --out {cfg.out}, {hint}", OSError):
-            os.makedirs(cfg.out, exist_ok=True)
-            with open(f"{cfg.out}/config.json", "x") as file:  # not over that of another run
-                json.dump(vars(cfg), file, indent=1)
-    say("  ".join(f"{name}={value}" for name, value in vars(cfg).items()))
     num_classes = int(labels.max()) + 1
-    if weights == "scratch":
+    if cfg.weights == "scratch":
         pretrain(teacher, images, labels, num_classes, cfg)
-    if RANK == 0:
+    if RANK == 0 and not resumed:
         save(f"{cfg.out}/teacher.pth", teacher.state_dict())
-    student = copy.deepcopy(teacher)
-    objective = Objective(student, teacher.requires_grad_(False), cfg, num_classes).to(cfg.device)
+    student = copy.deepcopy(teacher)  # before the teacher is frozen
+    teacher.requires_grad_(False)
+    objective = Objective(student, teacher, cfg, num_classes).to(cfg.device)
     optimizer = make_optimizer(objective, cfg)
     facts = {"images": len(labels), "classes": num_classes, "steps": count_steps(labels, cfg)[1]}
     log = restore(last, objective, optimizer, facts) if resumed else []
 
     sample = test_images[balanced_subset(test_labels, 500, seed=0)]
     target = embed(teacher, sample, cfg, {})
-    def cosine(vit):
-        """Mean cosine of its embeddings of distorted images with the teacher's of clean ones."""
-        embeddings = embed(vit, sample, cfg, severities_of(cfg), cfg.one_of, cfg.seed)
-        return F.cosine_similarity(embeddings, target).mean().item()
-    cos_teacher = cosine(teacher)
+    cos_teacher = held_out_cosine(teacher, sample, target, cfg)
     for row in train(objective, optimizer, images, labels, cfg, first_epoch=len(log)):
-        log.append({**row, "cos_teacher": cos_teacher, "cos_student": cosine(student)})
+        cos_student = held_out_cosine(student, sample, target, cfg)
+        log.append({**row, "cos_teacher": cos_teacher, "cos_student": cos_student})
         say(json.dumps(log[-1]))
         if RANK == 0:
             write(f"{cfg.out}/log.jsonl", [json.dumps(row).encode() + b"\n" for row in log])
@@ -887,9 +930,9 @@ def run(main):
         # A worker that decodes images puts its traceback in front of the message.
         message = str(error).split("UserError: ")[-1]
     except (MemoryError, RuntimeError) as error:
-        if not any(text in repr(error) for text in ("MemoryError", "of memory", "allocate memory")):
+        if not out_of_memory(error):
             raise
-        message = "out of memory: lower --batch-size, --img-size or --max-images"
+        message = "out of memory: lower --batch-size, --img-size, --data-size or --max-images"
     print("error:", *message.split(), file=sys.stderr)  # on one line
     sys.exit(2)
 

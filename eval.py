@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import distill
 
-HELD_OUT = [  # severities, the same for every run
+HELD_OUT = [  # tested on beside the run's own distortion
     {"blur": 1.4},
     {"blur": 2.0},
     {"noise": 0.15},
@@ -29,11 +29,13 @@ HELD_OUT = [  # severities, the same for every run
 
 # ---- The linear probe ----------------------------------------------------------------------------
 
+@torch.inference_mode(False)  # to learn also where the caller has turned gradients off
+@torch.enable_grad()
 def fit_probe(x, y):
     """Multinomial logistic regression of labels y [N] on features x [N, D], as a function from
     features [M, D] to labels [M].
 
-    Features are standardized; L-BFGS minimizes cross-entropy + strength * |weights|^2, with that of
+    Features are standardized; L-BFGS minimizes cross-entropy + strength * |weight|^2, with that of
     six strengths which is best on a held-out fifth. Deterministic. Raises ValueError for other
     shapes, no images, and features that are not finite.
     """
@@ -44,41 +46,42 @@ def fit_probe(x, y):
     mean = x.mean(dim=0)
     std = x.std(dim=0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # a constant feature counts as 0
+    x = (x - mean) / std
+    classes, y = y.unique(return_inverse=True)  # from here on y indexes classes
 
-    def scores(x, weights):  # [N, classes]; the last column of weights [classes, D + 1] is the bias
-        return F.linear(x, weights[:, :-1], weights[:, -1])
-
-    def solve(x, y, strength):  # y [N] indexes classes, which are found below
-        weights = torch.zeros(len(classes), x.shape[1] + 1, device=x.device, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weights], max_iter=100, tolerance_change=1e-5,
+    def fit(x, y, strength):
+        weight = torch.zeros(len(classes), x.shape[1], device=x.device, requires_grad=True)
+        bias = torch.zeros(len(classes), device=x.device, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, tolerance_change=1e-5,
                                       line_search_fn="strong_wolfe")
         def loss():
             optimizer.zero_grad()
-            fit = F.cross_entropy(scores(x, weights), y)
-            value = fit + strength * weights[:, :-1].square().sum()
+            value = F.cross_entropy(F.linear(x, weight, bias), y) + strength * weight.square().sum()
             value.backward()
             return value
-        optimizer.step(loss)
-        return weights.detach()
+        with torch.autocast(x.device.type, enabled=False):
+            optimizer.step(loss)
+        return weight.detach(), bias.detach()
 
-    with torch.inference_mode(False), torch.enable_grad():
-        x = (x.clone() - mean) / std  # cloned, because inference tensors take no gradient
-        classes, y = y.unique(return_inverse=True)
-        generator = torch.Generator().manual_seed(0)
-        held = (torch.randperm(len(y), generator=generator) < len(y) // 5).to(x.device)
-        def right(strength):
-            found = scores(x[held], solve(x[~held], y[~held], strength)).argmax(dim=1)
-            return (found == y[held]).sum().item()
-        strength = max([1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5], key=right)  # ties go to the stronger
-        weights = solve(x, y, strength)
+    generator = torch.Generator().manual_seed(0)
+    held = (torch.randperm(len(y), generator=generator) < len(y) // 5).to(x.device)
+    def right(strength):
+        weight, bias = fit(x[~held], y[~held], strength)
+        return (F.linear(x[held], weight, bias).argmax(dim=1) == y[held]).sum().item()
+    strength = max([1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5], key=right)  # ties go to the stronger
+    weight, bias = fit(x, y, strength)
 
     def predict(x):
         x = torch.as_tensor(x).detach().to(mean)
-        return classes[scores((x - mean) / std, weights).argmax(dim=1)]
+        return classes[F.linear((x - mean) / std, weight, bias).argmax(dim=1)]
     return predict
 
 def accuracy(predict, x, y):
-    return (predict(x).cpu() == torch.as_tensor(y).cpu()).float().mean().item()
+    found = predict(x)
+    y = torch.as_tensor(y).to(found.device)
+    if found.shape != y.shape or len(y) == 0:
+        raise ValueError(f"{list(found.shape)} predictions, {list(y.shape)} labels to test on")
+    return (found == y).float().mean().item()
 
 def linear_probe(train_x, train_y, test_x, test_y):
     """The test accuracy, in [0, 1], of fit_probe on the training features and labels."""
@@ -87,24 +90,20 @@ def linear_probe(train_x, train_y, test_x, test_y):
 # ---- The table -----------------------------------------------------------------------------------
 
 def summary(figures):
-    """[mean, standard deviation] of each list of figures, None where a seed has none."""
-    result = {}
-    for key, values in figures.items():
-        result[key] = None if None in values else [float(np.mean(values)), float(np.std(values))]
-    return result
+    """[mean, standard deviation] over the seeds, of each list of figures."""
+    return {key: [np.mean(found).item(), np.std(found).item()] for key, found in figures.items()}
 
 def evaluate(cfg, vits, data):
-    """The rows and the label shares of results.json."""
+    """The rows of results.json, and its labels: probes with a share of the labels."""
     images, labels, test_images, test_labels = data
-    clean = distill.embed(vits["teacher"], images, cfg, {})
     clean_test = distill.embed(vits["teacher"], test_images, cfg, {})
-    clean_probe = fit_probe(clean, labels)
+    clean_probe = fit_probe(distill.embed(vits["teacher"], images, cfg, {}), labels)
     clean_accuracy = accuracy(clean_probe, clean_test, test_labels)
+    trained = distill.severities_of(cfg)  # all images are distorted here, whatever --clean was
     rows = []
     by_share = {share: defaultdict(list) for share in cfg.labels}
-    tests = [({}, False), (distill.severities_of(cfg), True)]  # True: seen in training
-    tests += [(severities, False) for severities in HELD_OUT]
-    for severities, seen in tqdm(tests, "evaluating", disable=None):
+    for severities in tqdm([{}, trained, *HELD_OUT], "evaluating", disable=None):
+        seen = severities is trained
         one_of = seen and cfg.one_of
         shares = cfg.labels if seen else []
         figures = defaultdict(list)  # a value for each seed
@@ -121,12 +120,12 @@ def evaluate(cfg, vits, data):
                     kept = distill.balanced_subset(labels, max(1, round(share * len(labels))), seed)
                     found = linear_probe(x[kept], labels[kept], test_x, test_labels)
                     by_share[share][f"probe_{who}"].append(found)
-            teacher = figures["probe_teacher"][-1]
-            lost = clean_accuracy - teacher
-            won = figures["probe_student"][-1] - teacher
-            figures["recovered"].append(won / lost if lost >= 0.01 else None)
+        teacher = np.array(figures["probe_teacher"])
+        lost = clean_accuracy - teacher
+        if lost.min() > 0.00999:  # a point, but for rounding: else there is nothing to win back
+            figures["recovered"] = (figures["probe_student"] - teacher) / lost
         name = distill.describe(severities, one_of)
-        rows.append({"distortion": name, "seen": seen, **summary(figures)})
+        rows.append({"distortion": name, "seen": seen, "recovered": None, **summary(figures)})
     return rows, [{"share": share, **summary(found)} for share, found in by_share.items()]
 
 COLUMNS = {  # of the printed table; T is the teacher, S the student
@@ -140,7 +139,8 @@ COLUMNS = {  # of the printed table; T is the teacher, S the student
 }
 
 def print_table(rows, trained):
-    print(f"{'in %; ** trained on, * its kinds':32}", *(f"{name:>13}" for name in COLUMNS.values()))
+    heading = "in %; ** trained on, * a trained kind"
+    print(f"{heading:42}", *(f"{name:>13}" for name in COLUMNS.values()))
     for row in rows:
         name = row["distortion"]
         mark = "*" if any(kind in name for kind in trained) else ""
@@ -150,9 +150,11 @@ def print_table(rows, trained):
         for key in COLUMNS:
             figures = row.get(key)
             cells.append(f"{100 * figures[0]:.1f} ± {100 * figures[1]:.1f}" if figures else "-")
-        print(f"{name[:29]:29} {mark:2}", *(f"{cell:>13}" for cell in cells))
+        print(f"{name:39} {mark:2}", *(f"{cell:>13}" for cell in cells))
 
 # ---- The picture ---------------------------------------------------------------------------------
+
+TITLES = ["clean", "distorted", "teacher at clean", "teacher at distorted", "student at distorted"]
 
 @torch.inference_mode()
 def draw_attention(path, cfg, vits, images):
@@ -160,7 +162,7 @@ def draw_attention(path, cfg, vits, images):
     each kind in turn where the run is one-of; and, over the clean image in grey, where the last
     block's global token looks (mean of heads): teacher at clean, teacher and student at distorted.
     """
-    from PIL import Image  # which torchvision brings
+    from PIL import Image, ImageDraw  # which torchvision brings
     clean = distill.to_float(images, cfg.device)
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     trained = distill.severities_of(cfg).items()
@@ -174,22 +176,33 @@ def draw_attention(path, cfg, vits, images):
         distorted.append(distill.distort(image[None], generator, **severities))
     distorted = torch.cat(distorted)
 
-    columns = [clean, distorted]
-    for who, seen in (("teacher", clean), ("teacher", distorted), ("student", distorted)):
-        features = vits[who](distill.prepare(seen, cfg.img_size), attn_blocks=1)
+    heats = []
+    for who, shown in (("teacher", clean), ("teacher", distorted), ("student", distorted)):
+        features = vits[who](distill.prepare(shown, cfg.img_size), attn_blocks=1)
         num_patches = features.patches.shape[1]
-        heat = features.attn[0][:, :, 0, -num_patches:].mean(dim=1)  # [B, N]
-        heat = heat / heat.amax(dim=1, keepdim=True)
-        heat = heat.unflatten(1, (1, math.isqrt(num_patches), -1))
-        heat = F.interpolate(heat, clean.shape[2:], mode="bilinear")
-        # From black over red and yellow to white as heat rises.
-        colour = torch.cat([3 * heat, 3 * heat - 1, 3 * heat - 2], dim=1).clamp(0, 1)
-        columns.append(0.4 * clean.mean(dim=1, keepdim=True) + 0.6 * colour)
+        heats.append(features.attn[0][:, :, 0, -num_patches:].mean(dim=1))  # [B, N]
+    heat = torch.stack(heats, dim=1)  # [B, 3, N]
+    heat = heat / heat.amax(dim=2, keepdim=True)
+    heat = heat.unflatten(2, (math.isqrt(num_patches), -1))
+    heat = F.interpolate(heat, clean.shape[2:], mode="bilinear")  # [B, 3, S, S]
+    # From black over red and yellow to white as heat rises.
+    colours = torch.stack([3 * heat, 3 * heat - 1, 3 * heat - 2], dim=2).clamp(0, 1)
+    grey = clean.mean(dim=1)[:, None, None]  # [B, 1, 1, S, S]
 
-    cells = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=1.0)  # [B, 5, 3, S + 2, S + 2]
-    pixels = (255 * cells).byte().permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu().numpy()
+    cells = torch.stack([clean, distorted], dim=1)  # [B, 2, 3, S, S]
+    cells = torch.cat([cells, 0.4 * grey + 0.6 * colours], dim=1)  # [B, 5, 3, S, S]
+    cells = F.pad(cells, (1, 1, 1, 1), value=1.0)
+    rows = torch.cat(cells.unbind(1), dim=3)  # [B, 3, S + 2, 5 * (S + 2)]
+    picture = torch.cat(rows.unbind(0), dim=1)  # [3, B * (S + 2), 5 * (S + 2)]
+    pixels = (255 * picture).byte().permute(1, 2, 0).cpu().numpy()
     zoom = math.ceil(160 / clean.shape[2])
-    Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(path)
+    pixels = pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+    canvas = Image.fromarray(np.pad(pixels, ((20, 0), (0, 0), (0, 0)), constant_values=255))
+    for i, title in enumerate(TITLES):
+        left = i * canvas.width // len(TITLES)
+        ImageDraw.Draw(canvas).text((left + 4, 2), title, fill="black", font_size=14)
+    canvas.save(path)
 
 # ---- The command line ----------------------------------------------------------------------------
 
@@ -208,9 +221,8 @@ def main():
     add("--workers", type=distill.NATURAL, help="[the run's]")
     add("--data", help="[the run's]")
     add("--root", help="[the run's]")
-    run = parser.parse_args().run
-    parser.set_defaults(**distill.read_config(run))  # for what was not typed
-    cfg = parser.parse_args()
+    cfg = distill.read_config(parser.parse_args().run)
+    cfg = parser.parse_args(namespace=cfg)  # what is typed overrides the run's options
     distill.use_device(cfg.device)
     if cfg.data == "stripes":
         cfg.max_images = cfg.max_images or 300
