@@ -182,9 +182,9 @@ def draw_attention(path, cfg, vits, images):
         num_patches = features.patches.shape[1]
         heats.append(features.attn[0][:, :, 0, -num_patches:].mean(dim=1))  # [B, N]
     heat = torch.stack(heats, dim=1)  # [B, 3, N]
-    heat = heat / heat.amax(dim=2, keepdim=True)
+    heat = heat / heat[:, :1].amax(dim=2, keepdim=True)  # 1 is the teacher's highest at clean
     heat = heat.unflatten(2, (math.isqrt(num_patches), -1))
-    heat = F.interpolate(heat, clean.shape[2:], mode="bilinear")  # [B, 3, S, S]
+    heat = F.interpolate(heat, clean.shape[2:], mode="bilinear").clamp(max=1)  # [B, 3, S, S]
     # From black over red and yellow to white as heat rises.
     colours = torch.stack([3 * heat, 3 * heat - 1, 3 * heat - 2], dim=2).clamp(0, 1)
     grey = clean.mean(dim=1)[:, None, None]  # [B, 1, 1, S, S]
