@@ -541,7 +541,7 @@ def to_device(array, device):
     return tensor.to(device)
 
 def to_float(images, device):
-    """uint8 images [B, S, S, 3] as floats [B, 3, S, S] in [0, 1]."""
+    """uint8 images [B, S, S, 3] as floats [B, 3, S, S] in [0, 1], contiguous."""
     return to_device(images, device).permute(0, 3, 1, 2).contiguous() / 255
 
 def severities_of(cfg):
@@ -640,9 +640,6 @@ def train(objective, optimizer, images, labels, cfg, first_epoch=0):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-# Without any distortion typed; the share of clean images is then 0.2.
-MIXTURE = {"blur": [0, 1.5], "noise": [0, 0.4], "mask": [0, 0.6], "one_of": True}
-
 def between(low, high, kind=float):
     """For argparse's type=: a number from low to high."""
     def number(text):
@@ -712,7 +709,7 @@ def use_device(device):
         if device == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
         torch.zeros(1, device=device)
-        torch.Generator(device)
+        torch.Generator(device)  # which the device meta lacks
 
 def run_name(cfg, mixture):
     """As in cifar10-blur1-or-noise0-0.3-clean0.2, from what was typed."""
@@ -726,9 +723,13 @@ def run_name(cfg, mixture):
 
 def set_defaults(cfg):
     """Fill in what depends on other options or on the machine."""
+    cfg.data_size = cfg.data_size or NATIVE_SIZE.get(cfg.data, 224)
     mixture = all(getattr(cfg, name) is None for name in DISTORTIONS)
     if mixture:
-        vars(cfg).update(MIXTURE)
+        cfg.blur = [0, 3 / 64 * cfg.data_size]  # 1.5 pixels of 32, 10.5 of 224
+        cfg.noise = [0, 0.4]
+        cfg.mask = [0, 0.6]
+        cfg.one_of = True
     for name in DISTORTIONS:  # one value is a number, two are a range
         values = getattr(cfg, name) or [0.0]
         setattr(cfg, name, values[0] if len(values) == 1 else values)
@@ -738,7 +739,6 @@ def set_defaults(cfg):
 
     cfg.weights = cfg.weights or ("scratch" if cfg.data == "stripes" else "dinov2_vits14")
     scratch = cfg.weights == "scratch"
-    cfg.data_size = cfg.data_size or NATIVE_SIZE.get(cfg.data, 224)
     cfg.img_size = cfg.img_size or (cfg.data_size if scratch else 224)
     cfg.lr = cfg.lr or (2e-3 if scratch else 1e-4)
     cfg.batch_size = cfg.batch_size or (32 if scratch else 64)
@@ -904,7 +904,7 @@ def main():
     facts = {"images": len(labels), "classes": num_classes, "steps": count_steps(labels, cfg)[1]}
     log = restore(last, objective, optimizer, facts) if resumed else []
 
-    sample = test_images[balanced_subset(test_labels, 500, seed=0)]
+    sample = test_images[balanced_subset(test_labels, 500, seed=0)]  # the same in every run
     target = embed(teacher, sample, cfg, {})
     cos_teacher = held_out_cosine(teacher, sample, target, cfg)
     for row in train(objective, optimizer, images, labels, cfg, first_epoch=len(log)):

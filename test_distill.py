@@ -643,7 +643,8 @@ def test_the_default_run_trains_its_teacher_first_and_needs_no_torchvision(tmp_p
     assert call(distill, words) == 0
     out = tmp_path / "runs" / "stripes-mixture"
     assert [(row["epoch"], row["step"]) for row in log_of(out)] == [(1, 3)]
-    assert json_of(out / "config.json")["one_of"] is True
+    config = json_of(out / "config.json")
+    assert (config["blur"], config["one_of"], config["clean"]) == ([0, 1.5], True, 0.2)
     assert call(evaluation, f"{out} --seeds 1 --max-images 60") == 0
     assert (out / "results.json").exists() and (out / "attention.png").exists()
 
@@ -749,6 +750,12 @@ def test_two_processes_end_where_one_does(world, tmp_path, method):
     assert (one - two).norm() < 0.05 * (one - begin).norm()
     losses = [log_of(tmp_path / name)[-1]["loss"] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+def test_with_several_processes_the_one_that_fails_says_why_and_the_others_end(world, tmp_path):
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    process = start(command(world, tmp_path / "run", "--data nowhere --noise 0.1"), launcher)
+    output = finish(process, status=1)
+    assert "error: --data nowhere is none of" in output and "[rank1]" not in output
 
 def test_a_compiled_run_is_one_graph_and_ends_like_an_eager_one(world, tmp_path, monkeypatch):
     torch_compile = torch.compile
@@ -857,8 +864,8 @@ def test_bad_input_to_the_evaluation(finished, tmp_path, capsys):
         (out / name).unlink()
         assert message in error_of(capsys, evaluation, str(out))
         shutil.copy(finished / name, out)
-    config = (out / "config.json").read_text()
-    for config in ("[1", "[1, 2]", '{"hidden_size": 8}', config.replace("batch_size", "batch")):
+    older = (out / "config.json").read_text().replace("batch_size", "batch")
+    for config in ("[1", "[1, 2]", '{"hidden_size": 8}', older):
         (out / "config.json").write_text(config)
         assert f"{out} holds no run" in error_of(capsys, evaluation, str(out))
     assert "holds no run" in error_of(capsys, evaluation, str(tmp_path))
