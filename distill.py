@@ -36,12 +36,13 @@ class UserError(ValueError):
     """A mistake that the user can mend: the message says what is wrong and what to do."""
 
 def out_of_memory(error):
-    """Whether it is that; a GPU's illegal memory access, for one, is not."""
-    return any(text in repr(error) for text in ("MemoryError", "of memory", "allocate memory"))
+    """Whether memory ran out, of a GPU too; a GPU's illegal memory access is something else."""
+    signs = ("MemoryError", "of memory", "allocate memory", "ALLOC_FAILED")
+    return any(sign in repr(error) for sign in signs)
 
 @contextlib.contextmanager
 def explain(message, *errors):
-    """Turn these errors into the user's, with a message that says what was being done."""
+    """Turn these errors into UserErrors whose messages begin with this one."""
     try:
         yield
     except errors as error:
@@ -340,7 +341,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         distorted = images
         for i, (name, (low, high)) in enumerate(kinds.items()):
             severity = low + (high - low) * torch.rand(per_image, **source)
-            # With one_of an image is changed in one turn only: it is still clean when that comes.
+            # With one_of an image changes only in its own kind's turn, so is still clean then.
             changed = DISTORTIONS[name](distorted, severity, high, generator)
             distorted = torch.where(choice == i, changed, distorted) if one_of else changed
         unchanged = torch.rand(per_image, **source) < clean
@@ -386,8 +387,8 @@ def info_nce(student_cls, teacher_cls, temperature=0.1):
             dist.all_gather(shards, teacher_cls)
             teacher_cls = torch.cat(shards)
         logits = student_cls @ teacher_cls.T / temperature
-        own = RANK * len(logits) + torch.arange(len(logits), device=logits.device)
-        return F.cross_entropy(logits, own)
+        target = RANK * len(logits) + torch.arange(len(logits), device=logits.device)
+        return F.cross_entropy(logits, target)
 
 class Objective(nn.Module):
     """A step's forward pass as one module, which torch.compile and DistributedDataParallel take."""
@@ -454,7 +455,7 @@ def list_data(cfg):
         return [(np.array([path for path, _ in split.samples]), split.targets) for split in splits]
 
     dataset = getattr(datasets, cfg.data.upper())
-    names = ["train", "test"] if cfg.data == "stl10" else [True, False]  # train= of CIFAR
+    names = ["train", "test"] if cfg.data == "stl10" else [True, False]  # CIFAR's train=
     offline = f"put {dataset.url} into {cfg.root}, or use --data stripes or --data FOLDER"
     with explain(f"cannot download {cfg.data}, {offline}", OSError, RuntimeError):
         splits = [dataset(cfg.root, name, download=True) for name in names]
@@ -496,7 +497,8 @@ def decode(paths, cfg):
     if not os.path.exists(target):
         os.makedirs(cfg.root, exist_ok=True)
         read = functools.partial(read_image, size=cfg.data_size)
-        loader = torch.utils.data.DataLoader(  # whose workers call read on each path
+        # With batch_size=None collate_fn gets each path alone.
+        loader = torch.utils.data.DataLoader(
             paths, batch_size=None, num_workers=cfg.workers, collate_fn=read)
         write(target, (image.tobytes() for image in tqdm(loader, "decoding images", disable=None)))
     return np.memmap(target, np.uint8, "r", shape=(len(paths), cfg.data_size, cfg.data_size, 3))
@@ -622,11 +624,11 @@ def train(objective, optimizer, images, labels, cfg, first_epoch=0):
 
             figures = {"norm": norm, "loss": loss, **terms}
             history.append(torch.stack([*figures.values()]).detach())
-            if step % 20 == 0 or step == steps[-1]:  # reading waits for the device
+            if step % 20 == 0 or step == steps[-1]:  # reading waits for the device: 20 at once
                 finite = torch.stack(history[-20:]).isfinite().all(dim=1).tolist()
                 if not all(finite):
-                    bad = step + 1 - len(finite) + finite.index(False)
-                    raise UserError(f"loss or gradient not finite at step {bad + 1}: lower --lr")
+                    bad = step + 2 - len(finite) + finite.index(False)  # from 1, as in the log
+                    raise UserError(f"loss or gradient not finite at step {bad}: lower --lr")
                 bar.set_postfix(zip(figures, history[-1].tolist(), strict=True))
 
         means = torch.stack(history).mean(dim=0)
@@ -690,7 +692,7 @@ def add_run_options(parser):
     add("--out", help="run folder [runs/<data>-<distortions>]")
 
 def describe(severities, one_of):
-    """As in noise=0.1; noise=0-0.4; blur=1+noise=0.1; with one_of, blur=1 or noise=0.1."""
+    """Distortions as text: noise=0.1, noise=0-0.4, blur=1+noise=0.1, or blur=1 or noise=0.1."""
     parts = []
     for name, value in severities.items():
         ends = [f"{end:g}" for end in np.unique(value)]  # one, or both of a range
@@ -703,7 +705,7 @@ def best_device():
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 def use_device(device):
-    """Check that this process has the device, and choose its GPU where that is just cuda."""
+    """Check that this process has the device; plain cuda is the GPU of its local rank."""
     message = f"there is no --device {device} for process {LOCAL_RANK} of this machine"
     with explain(message, RuntimeError, AssertionError):
         if device == "cuda":
@@ -712,7 +714,7 @@ def use_device(device):
         torch.Generator(device)  # which the device meta lacks
 
 def run_name(cfg, mixture):
-    """As in cifar10-blur1-or-noise0-0.3-clean0.2, from what was typed."""
+    """The run's name, from what was typed: cifar10-blur1-or-noise0-0.3-clean0.2."""
     name = "mixture" if mixture else describe(severities_of(cfg), cfg.one_of)
     name = name.replace("=", "").replace(" or ", "-or-")
     if cfg.clean or (mixture and cfg.clean == 0):
@@ -733,7 +735,7 @@ def set_defaults(cfg):
     for name in DISTORTIONS:  # one value is a number, two are a range
         values = getattr(cfg, name) or [0.0]
         setattr(cfg, name, values[0] if len(values) == 1 else values)
-    cfg.out = cfg.out or f"runs/{run_name(cfg, mixture)}"
+    cfg.out = cfg.out or f"runs/{run_name(cfg, mixture)}"  # --clean, not typed, is still None
     if cfg.clean is None:
         cfg.clean = 0.2 if mixture else 0.0
 
@@ -775,11 +777,11 @@ def read_config(folder):
     parser = argparse.ArgumentParser()
     add_machine_options(parser)
     add_run_options(parser)
+    options = vars(parser.parse_args([])).keys()
     with explain(f"{folder} holds no run of distill.py", OSError, ValueError, TypeError):
         with open(f"{folder}/config.json") as file:
             cfg = argparse.Namespace(**json.load(file))
-        # A distortion may be newer than the run.
-        missing = vars(parser.parse_args([])).keys() - vars(cfg).keys() - DISTORTIONS.keys()
+        missing = options - vars(cfg).keys() - DISTORTIONS.keys()  # a distortion may be newer
         if missing:
             raise ValueError(f"its config.json lacks {sorted(missing)}")
     cfg.out = folder
@@ -789,7 +791,7 @@ def configure():
     """The options of this run, resolved and checked; with --resume those that it began with."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add_machine_options(parser)
-    if any(word.startswith("--resume") for word in sys.argv):
+    if any(word.startswith("--resume") for word in sys.argv):  # which leaves few other options
         cfg = read_config(parser.parse_args().resume)  # refuses all other options
         cfg = parser.parse_args(namespace=cfg)  # what is typed overrides them
     else:
@@ -864,10 +866,10 @@ def restore(path, objective, optimizer, facts):
         return checkpoint["log"]
 
 def held_out_cosine(vit, images, target, cfg):
-    """Mean cosine of its embeddings of these images, distorted, with the target embeddings."""
+    """Mean cosine of vit's embeddings of these images, distorted, with the target embeddings."""
     embeddings = embed(vit, images, cfg, severities_of(cfg), cfg.one_of, cfg.seed)
     mean = F.cosine_similarity(embeddings, target).mean().item()
-    if not math.isfinite(mean):  # after an epoch's last update, which no loss has shown
+    if not math.isfinite(mean):  # the epoch's last update can do this, and no loss follows it
         raise UserError("the embeddings are not finite: lower --lr")
     return mean
 
@@ -880,7 +882,7 @@ def main():
     last = f"{cfg.out}/last.pt"
     resumed = cfg.resume is not None and os.path.exists(last)
     if resumed:
-        cfg.weights = f"{cfg.out}/teacher.pth"
+        cfg.weights = f"{cfg.out}/teacher.pth"  # the teacher it began with
     if LOCAL_RANK > 0:  # a machine's first process downloads and decodes alone; the others wait
         with explain("another process has failed and says why", RuntimeError):
             dist.barrier()
@@ -925,14 +927,15 @@ def run(main):
     try:
         return main()
     except KeyboardInterrupt:
-        message = "interrupted; once it trains, a run goes on with python distill.py --resume RUN"
-    except (UserError, OSError) as error:
-        # A worker that decodes images puts its traceback in front of the message.
-        message = str(error).split("UserError: ")[-1]
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        message = "interrupted; a run that has begun goes on with distill.py --resume RUN"
+    except Exception as error:
+        if out_of_memory(error):
+            message = "out of memory: lower --batch-size, --img-size, --data-size or --max-images"
+        elif isinstance(error, (UserError, OSError)):
+            # A worker that decodes images puts its traceback in front of the message.
+            message = str(error).split("UserError: ")[-1]
+        else:  # a bug keeps its traceback
             raise
-        message = "out of memory: lower --batch-size, --img-size, --data-size or --max-images"
     print("error:", *message.split(), file=sys.stderr)  # on one line
     sys.exit(2)
 

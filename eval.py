@@ -59,7 +59,7 @@ def fit_probe(x, y):
             value = F.cross_entropy(F.linear(x, weight, bias), y) + strength * weight.square().sum()
             value.backward()
             return value
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # it would go on using old weights
             optimizer.step(loss)
         return weight.detach(), bias.detach()
 
@@ -103,7 +103,7 @@ def evaluate(cfg, vits, data):
     rows = []
     by_share = {share: defaultdict(list) for share in cfg.labels}
     for severities in tqdm([{}, trained, *HELD_OUT], "evaluating", disable=None):
-        seen = severities is trained
+        seen = severities is trained  # not ==: one that is held out may be equal
         one_of = seen and cfg.one_of
         shares = cfg.labels if seen else []
         figures = defaultdict(list)  # a value for each seed
@@ -122,7 +122,7 @@ def evaluate(cfg, vits, data):
                     by_share[share][f"probe_{who}"].append(found)
         teacher = np.array(figures["probe_teacher"])
         lost = clean_accuracy - teacher
-        if lost.min() > 0.00999:  # a point, but for rounding: else there is nothing to win back
+        if lost.min() > 0.00999:  # with every seed a point (0.01, but for rounding) or more
             figures["recovered"] = (figures["probe_student"] - teacher) / lost
         name = distill.describe(severities, one_of)
         rows.append({"distortion": name, "seen": seen, "recovered": None, **summary(figures)})
@@ -139,8 +139,9 @@ COLUMNS = {  # of the printed table; T is the teacher, S the student
 }
 
 def print_table(rows, trained):
-    heading = "in %; ** trained on, * a trained kind"
-    print(f"{heading:42}", *(f"{name:>13}" for name in COLUMNS.values()))
+    width = max(len(row["distortion"]) for row in rows)
+    print("in %; ** trained on, * a trained kind")
+    print(" " * (width + 3), *(f"{name:>13}" for name in COLUMNS.values()))
     for row in rows:
         name = row["distortion"]
         mark = "*" if any(kind in name for kind in trained) else ""
@@ -150,7 +151,7 @@ def print_table(rows, trained):
         for key in COLUMNS:
             figures = row.get(key)
             cells.append(f"{100 * figures[0]:.1f} ± {100 * figures[1]:.1f}" if figures else "-")
-        print(f"{name:39} {mark:2}", *(f"{cell:>13}" for cell in cells))
+        print(f"{name:{width}} {mark:2}", *(f"{cell:>13}" for cell in cells))
 
 # ---- The picture ---------------------------------------------------------------------------------
 
@@ -158,9 +159,11 @@ TITLES = ["clean", "distorted", "teacher at clean", "teacher at distorted", "stu
 
 @torch.inference_mode()
 def draw_attention(path, cfg, vits, images):
-    """Save a row for each uint8 image [S, S, 3]: clean; distorted as strongly as in training, by
-    each kind in turn where the run is one-of; and, over the clean image in grey, where the last
-    block's global token looks (mean of heads): teacher at clean, teacher and student at distorted.
+    """Save a picture with a row of the cells TITLES for each uint8 image [S, S, 3].
+
+    Distorted is as strongly as in training, by each kind in turn where the run is one-of. The last
+    three show, over the clean image in grey and on one scale a row, where the last block's global
+    token looks (mean of heads).
     """
     from PIL import Image, ImageDraw  # which torchvision brings
     clean = distill.to_float(images, cfg.device)

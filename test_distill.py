@@ -635,6 +635,29 @@ def test_evaluation_leaves_the_table_and_the_picture(finished, tmp_path, capsys)
     assert Image.open(out / "attention.png").size == (5 * 18 * 10, 20 + 6 * 18 * 10)
     assert names[1] in capsys.readouterr().out
 
+def test_recovered_is_won_over_lost_seed_by_seed(monkeypatch):
+    monkeypatch.setattr(evaluation, "HELD_OUT", [])
+    monkeypatch.setattr(distill, "embed", mock.Mock(return_value=torch.ones(4, 2)))
+    monkeypatch.setattr(evaluation, "fit_probe", mock.Mock())
+    monkeypatch.setattr(evaluation, "accuracy", mock.Mock(return_value=0.9))
+    vits = {"teacher": None, "student": None}
+    cfg = argparse.Namespace(labels=[], seeds=2, one_of=False, noise=0.1)
+    for second, expected in ((0.4, [0.75, 0.25]), (0.895, None)):  # None: less than a point lost
+        found = [0.9, 0.9, 0.5, 0.7, second, 0.9]  # teacher and student: clean, then by seed
+        monkeypatch.setattr(evaluation, "linear_probe", mock.Mock(side_effect=found))
+        rows, _ = evaluation.evaluate(cfg, vits, [None] * 4)
+        assert rows[0]["recovered"] is None
+        assert rows[1]["recovered"] == (expected and pytest.approx(expected))
+
+@pytest.mark.parametrize("words, name, blur", [
+    ("", "stripes-mixture", [0, 1.5]),  # pixels, of 32 and of 224
+    ("--data /x/photos --clean 0", "photos-mixture-clean0", [0, 10.5]),
+    ("--data photos --noise 0.1 --clean 0", "photos-noise0.1", 0)])
+def test_the_default_mixture_and_what_a_run_is_called(words, name, blur, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["distill.py", *words.split(), "--device", "cpu"])
+    cfg = distill.configure()
+    assert (cfg.out, cfg.blur) == (f"runs/{name}", blur)
+
 def test_the_default_run_trains_its_teacher_first_and_needs_no_torchvision(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("torchvision", "torchvision.datasets"):
@@ -644,7 +667,7 @@ def test_the_default_run_trains_its_teacher_first_and_needs_no_torchvision(tmp_p
     out = tmp_path / "runs" / "stripes-mixture"
     assert [(row["epoch"], row["step"]) for row in log_of(out)] == [(1, 3)]
     config = json_of(out / "config.json")
-    assert (config["blur"], config["one_of"], config["clean"]) == ([0, 1.5], True, 0.2)
+    assert (config["one_of"], config["clean"]) == (True, 0.2)
     assert call(evaluation, f"{out} --seeds 1 --max-images 60") == 0
     assert (out / "results.json").exists() and (out / "attention.png").exists()
 
@@ -814,7 +837,10 @@ def test_an_interrupt_ends_in_one_line_and_a_bug_in_its_traceback(
         world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distill, "load_data", mock.Mock(side_effect=KeyboardInterrupt))
     words = command(world, tmp_path / "run", "--noise 0.1 --method contrastive")
-    assert "once it trains" in error_of(capsys, distill, words)
+    assert "--resume" in error_of(capsys, distill, words)
+    full = mock.Mock(side_effect=OSError(12, "Cannot allocate memory"))
+    monkeypatch.setattr(distill, "load_data", full)
+    assert "--batch-size" in error_of(capsys, distill, words)
     monkeypatch.undo()
     monkeypatch.setattr(distill, "info_nce", mock.Mock(side_effect=ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
