@@ -35,19 +35,14 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 class UserError(ValueError):
     """A mistake that the user can mend: the message says what is wrong and what to do."""
 
-def out_of_memory(error):
-    """Whether memory ran out, of a GPU too; a GPU's illegal memory access is something else."""
-    signs = ("MemoryError", "of memory", "allocate memory", "ALLOC_FAILED")
-    return any(sign in repr(error) for sign in signs)
-
 @contextlib.contextmanager
 def explain(message, *errors):
     """Turn these errors into UserErrors whose messages begin with this one."""
     try:
         yield
+    except (UserError, MemoryError):
+        raise
     except errors as error:
-        if isinstance(error, UserError) or out_of_memory(error):
-            raise
         raise UserError(f"{message}: {error}") from error
 
 # ---- The Vision Transformer: parameters are named as in DINO and DINOv2 --------------------------
@@ -921,6 +916,11 @@ def main():
     say(f"finished; next: python eval.py {cfg.out}")
     if WORLD > 1:
         dist.destroy_process_group()
+
+def out_of_memory(error):
+    """Whether memory ran out, of a GPU too; a GPU's illegal memory access is something else."""
+    signs = ("MemoryError", "of memory", "allocate memory", "ALLOC_FAILED")
+    return any(sign in repr(error) for sign in signs)
 
 def run(main):
     """Call main; what the user can mend ends in one line and exit status 2."""
