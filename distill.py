@@ -436,7 +436,7 @@ def draw_stripes(n, size, seed):
 def list_data(cfg):
     """For the training and the test split: images, or the paths of image files, and labels."""
     if cfg.data == "stripes":
-        return draw_stripes(5600, cfg.data_size, seed=1), draw_stripes(1000, cfg.data_size, seed=0)
+        return draw_stripes(8000, cfg.data_size, seed=1), draw_stripes(1000, cfg.data_size, seed=0)
     with explain(f"torchvision does not work with torch {torch.__version__}", Exception):
         from torchvision import datasets
     if cfg.data not in NATIVE_SIZE:
