@@ -171,11 +171,10 @@ def resize_pos_embed(pos_embed, side, registers):
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 def load_vit(weights, img_size):
-    """The ViT of pretrained weights, for images of img_size pixels a side.
-
-    weights is a name in WEIGHTS or the path of a state dict with DINO's names, which may lie under
-    "model". The architecture is read off it, but heads are taken to be 64 wide: no shape tells.
-    Raises ValueError if they cannot be had or do not fit, img_size included.
+    """The ViT of pretrained weights, for images of img_size pixels a side. weights is a name in
+    WEIGHTS or the path of a state dict with DINO's names, which may lie under "model". The
+    architecture is read off it, but heads are taken to be 64 wide: no shape tells. Raises
+    ValueError if the weights cannot be had or do not fit, img_size included.
     """
     options = {"map_location": "cpu", "weights_only": True}  # so that no file runs code
     try:
@@ -263,7 +262,6 @@ DISTORTIONS = {  # name: (function, limit of its severity), in a camera's order
 
 def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     """Distorted copies of images [B, 3, H, W] in [0, 1], of the same shape and range, in float32.
-
     severities go by the names of DISTORTIONS: a number, or a pair (low, high) from which each image
     draws its own, uniformly. All kinds above 0 are applied in DISTORTIONS's order; with one_of each
     image gets one of them. With probability clean an image is left as it is. Random numbers come
@@ -297,8 +295,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
 
 # ---- Losses --------------------------------------------------------------------------------------
 def distill_loss(student, teacher, weights=(1, 1, 1)):
-    """The weighted sum of the three terms (arXiv 2604.22529) between two Features, and the terms.
-
+    """The weighted sum of the three terms (arXiv 2604.22529) between two Features, and the terms:
     "global" = 1 - cosine of cls; "patch" = 1 - cosine of each patch, averaged; "attn" = KL(teacher
     map || student map) in nats of each query's row, averaged over rows, heads, blocks and batch, 0
     without maps. In float32 also under autocast.
@@ -394,9 +391,7 @@ def open_folder(folder, cfg):
     return datasets.ImageFolder(folder, fit(cfg.data_size), loader=read_image)
 
 def read_split(dataset, cfg):
-    """Images, uint8 [N, 3, S, S], and labels [N] in an order drawn with seed 0: --max-images, or
-    any first few, are a random part.
-    """
+    """At most --max-images images, uint8 [N, 3, S, S], and labels [N], in an order of seed 0."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     dataset = Subset(dataset, order[:cfg.max_images].tolist())
     loader = DataLoader(dataset, batch_size=64, num_workers=cfg.workers)
@@ -451,13 +446,14 @@ def learning_rate(step, total_steps, peak):
     warmup = math.ceil(0.03 * total_steps)
     return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / total_steps))
 
-def train(objective, images, labels, cfg, epochs, severities, state=None):
-    """Train on images, uint8 [N, 3, S, S], distorted anew each time. A generator that yields, after
+def train(objective, data, cfg, epochs, lr, severities, state=None):
+    """Train on data, images and labels, distorted anew each time. A generator that yields, after
     each epoch, a row of figures and the state from which training can go on: since an epoch's order
     depends on (seed, epoch) and a distortion on (seed, step, process), no random state is in it.
     """
+    images, labels = data
     trained = [p for p in objective.parameters() if p.requires_grad]  # not the frozen teacher
-    optimizer = torch.optim.AdamW(trained, cfg.lr, weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.05, fused=True)
     if state:
         objective.load_state_dict(state["objective"])
         optimizer.load_state_dict(state["optimizer"])
@@ -480,7 +476,7 @@ def train(objective, images, labels, cfg, epochs, severities, state=None):
             generator.manual_seed((1_000_000 * cfg.seed + step) * WORLD + RANK)
             distorted = distort(clean, generator, cfg.one_of, cfg.clean, **severities)
 
-            optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps_per_epoch, cfg.lr)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps_per_epoch, lr)
             with autocast(cfg):
                 loss, terms = model(clean, distorted, to_device(labels[batch], cfg))
             optimizer.zero_grad()
@@ -547,10 +543,10 @@ def make_parser(usage, description):
     add("--loss-weights", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("G", "P", "A"),
         help="of the global, the patch and the attention term [1 1 1]")
     add("--attn-blocks", type=positive_int, default=1, help="last blocks of that term [1]")
-    add("--epochs", type=positive_int, default=4, help="[4]")
+    add("--epochs", type=positive_int, default=5, help="[5]")
     add("--pretrain-epochs", type=positive_int, default=2, help="of a scratch teacher [2]")
     add("--batch-size", type=positive_int, help="of all processes together [64; scratch 32]")
-    add("--lr", type=float, help="highest learning rate [1e-4; scratch 3e-3]")
+    add("--lr", type=float, help="highest learning rate of the student [1e-4; scratch 5e-3]")
     add("--dtype", choices=["float32", "bfloat16"], help="[cuda: bfloat16, else float32]")
     add("--compile", action=argparse.BooleanOptionalAction, help="[cuda: on, else off]")
     add("--device", default=str(best), help=f"[{best}]")
@@ -583,11 +579,10 @@ def resolve(cfg):
     scratch = cfg.weights == "scratch"
     cfg.img_size = cfg.img_size or (cfg.data_size if scratch else 224)
     cfg.batch_size = cfg.batch_size or (32 if scratch else 64)
-    cfg.lr = cfg.lr or (3e-3 if scratch else 1e-4)
+    cfg.lr = cfg.lr or (5e-3 if scratch else 1e-4)
     on_gpu = cfg.device.startswith("cuda")
     cfg.dtype = cfg.dtype or ("bfloat16" if on_gpu else "float32")
     cfg.compile = on_gpu if cfg.compile is None else cfg.compile
-
     if cfg.batch_size % WORLD:
         raise UserError(f"--batch-size {cfg.batch_size} is not a multiple of {WORLD} processes")
     if scratch and (cfg.img_size % 8 or cfg.scratch[0] % 64):
@@ -616,14 +611,15 @@ def read_checkpoint(cfg):
             raise UserError(f"--out {cfg.out} holds a run with {name} {old}, not {value}")
     return checkpoint
 
-def make_teacher(weights, images, labels, num_classes, cfg):
+def make_teacher(weights, data, num_classes, cfg):
     """The pretrained teacher, or a small one that is trained here with labels on clean images."""
     if weights != "scratch":
         return load_vit(weights, cfg.img_size).to(cfg.device)
     width, depth = cfg.scratch
     teacher = ViT(cfg.img_size, cfg.img_size // 8, width, depth, num_heads=width // 64)
     objective = Objective("supervised", teacher, None, num_classes, cfg).to(cfg.device)
-    for row, _ in train(objective, images, labels, cfg, cfg.pretrain_epochs, severities={}):
+    lr = 0.128 / width  # a student's lr, higher, would make attention too sharp to be learned
+    for row, _ in train(objective, data, cfg, cfg.pretrain_epochs, lr, severities={}):
         say(f"teacher: {json.dumps(row)}")
     return teacher
 
@@ -631,14 +627,14 @@ def run(cfg, checkpoint):
     os.makedirs(cfg.out, exist_ok=True)
     if LOCAL_RANK > 0:  # a machine's first process downloads what is missing, the others wait
         dist.barrier()
-    (images, labels), (test_images, _), classes = load_data(cfg)
+    data, (test_images, _), classes = load_data(cfg)
     if LOCAL_RANK == 0 and WORLD > 1:
         dist.barrier()
-    if cfg.batch_size > len(images):
-        raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(images)} images")
+    if cfg.batch_size > len(data[0]):
+        raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(data[0])} images")
     torch.manual_seed(cfg.seed)
     weights = f"{cfg.out}/teacher.pth" if checkpoint else cfg.weights
-    teacher = make_teacher(weights, images, labels, len(classes), cfg)
+    teacher = make_teacher(weights, data, len(classes), cfg)
     if RANK == 0 and not checkpoint:
         Path(cfg.out, "config.json").write_text(json.dumps(vars(cfg), indent=1))
         save(teacher.state_dict(), f"{cfg.out}/teacher.pth")
@@ -649,7 +645,7 @@ def run(cfg, checkpoint):
     objective = Objective(cfg.method, student, teacher, len(classes), cfg).to(cfg.device)
     severities = severities_of(cfg)
     log = checkpoint["log"] if checkpoint else []
-    for row, state in train(objective, images, labels, cfg, cfg.epochs, severities, checkpoint):
+    for row, state in train(objective, data, cfg, cfg.epochs, cfg.lr, severities, checkpoint):
         _, distances = compare(vits, test_images[:500], cfg, severities, cfg.one_of)
         log.append({**row, **distances})
         say(json.dumps(log[-1]))

@@ -7,7 +7,6 @@ also of kinds never trained on. Prints a table; writes results.json and attentio
 """
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +17,13 @@ from tqdm import tqdm
 
 import distill
 
-WHO = ("teacher", "student")
-
 # ---- The linear probe ----------------------------------------------------------------------------
+
 @torch.inference_mode(False)  # to learn also where the caller has turned gradients off
 def fit_probe(x, y):
     """Multinomial logistic regression of labels y [N] on features x [N, D], as a function from
-    features [M, D] to labels [M].
-
-    Features are standardized; L-BFGS minimizes cross-entropy + strength * |weight|^2, with that of
-    six strengths which is best on a held-out fifth. Deterministic. ValueError if x is not finite.
+    features [M, D] to labels [M]. x is standardized; L-BFGS minimizes cross-entropy + strength *
+    |weight|^2, with the best of six strengths on a held-out fifth. ValueError if x is not finite.
     """
     x = torch.as_tensor(x).detach().float()
     if not x.isfinite().all():
@@ -36,8 +32,10 @@ def fit_probe(x, y):
     std = x.std(dim=0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # a constant feature counts as 0
     classes, y = torch.as_tensor(y).to(x.device).unique(return_inverse=True)  # y indexes classes
+
     def standardize(x):
         return F.pad((x - mean) / std, (0, 1), value=1.0)  # [N, D + 1], the last for the bias
+
     def fit(x, y, strength):
         weight = torch.zeros(x.shape[1], len(classes), device=x.device, requires_grad=True)
         optimizer = torch.optim.LBFGS(
@@ -54,11 +52,13 @@ def fit_probe(x, y):
     x = standardize(x)[order]
     y = y[order]
     fifth = len(y) // 5
-    def right(strength):
+    strengths = [1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5]
+    right = []
+    for strength in strengths:
         weight = fit(x[fifth:], y[fifth:], strength)
-        return ((x[:fifth] @ weight).argmax(dim=1) == y[:fifth]).sum().item()
-    best = max([1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5], key=right)  # of equals the strongest
-    weight = fit(x, y, best)
+        right.append(((x[:fifth] @ weight).argmax(dim=1) == y[:fifth]).sum().item())
+    weight = fit(x, y, strengths[np.argmax(right)])  # of equals the strongest
+
     def predict(x):
         x = torch.as_tensor(x).to(mean)
         return classes[(standardize(x) @ weight).argmax(dim=1)]
@@ -77,8 +77,10 @@ def held_out(size):
     """What every run is tested on: blur in pixels of images of this size."""
     pixel = size / 32
     return [
-        {"blur": 1.4 * pixel}, {"blur": 2 * pixel}, {"noise": 0.15}, {"noise": 0.3},
-        {"mask": 0.25}, {"mask": 0.5}, {"salt": 0.1}, {"contrast": 0.7},
+        {"blur": 1.4 * pixel}, {"blur": 2 * pixel},
+        {"noise": 0.15}, {"noise": 0.3},
+        {"mask": 0.25}, {"mask": 0.5},
+        {"salt": 0.1}, {"contrast": 0.7},
         {"blur": 0.7 * pixel, "noise": 0.1, "mask": 0.2},
     ]
 
@@ -108,7 +110,6 @@ def evaluate(cfg, vits, data):
         lost = rows[0]["probe_teacher"] - row["probe_teacher"]
         won = row["probe_student"] - row["probe_teacher"]
         rows[-1]["recovered"] = won / lost if round(lost, 4) >= 0.01 else None
-
     for folder, dataset in tests.items():
         images, labels = distill.read_split(dataset, cfg)
         labels = torch.tensor([classes.index(name) for name in dataset.classes])[labels]
@@ -118,38 +119,35 @@ def evaluate(cfg, vits, data):
     return rows
 
 def print_table(rows):
-    columns = ["global", "patch", "attn", "probe", "clean_probe"]
+    columns = ["global", "patch", "attn", "probe", "clean_probe", "recovered"]
     width = max(len(row["distortion"]) for row in rows)
-    print("teacher > student".ljust(width), *(f"{name:>13}" for name in columns), "  recovered")
+    print("teacher > student".ljust(width), *(f"{name:>13}" for name in columns))
     for row in rows:
         cells = []
         for name in columns:
-            pair = [row[f"{name}_{who}"] for who in WHO if f"{name}_{who}" in row]
-            cells.append(" > ".join(f"{value:.3f}" for value in pair))
-        recovered = row.get("recovered")
-        cells.append("" if recovered is None else f"{recovered:.2f}")
+            keys = (f"{name}_teacher", f"{name}_student", name)
+            values = [f"{row[key]:.3f}" for key in keys if row.get(key) is not None]
+            cells.append(" > ".join(values))
         print(f"{row['distortion']:{width}}", *(f"{cell:>13}" for cell in cells))
 
 # ---- The picture ---------------------------------------------------------------------------------
 @torch.inference_mode()
 def draw_attention(path, cfg, vits, images):
-    """Save a picture with a row of five cells for each of images, uint8 [n, 3, S, S]: clean,
-    distorted as strongly as in training, and, in red, where the last block's global token looks
-    (mean of heads): teacher at clean, teacher at distorted, student at distorted.
+    """Save a picture with a row for each of images, uint8 [n, 3, S, S]: clean, distorted as much as
+    in training, and three times, in red, where the last block's global token looks.
     """
     clean = images.to(cfg.device) / 255
     strongest = {name: np.max(value).item() for name, value in distill.severities_of(cfg).items()}
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     distorted = distill.distort(clean, generator, cfg.one_of, **strongest)
-    grey = clean.mean(dim=1, keepdim=True) / 2
     cells = [clean, distorted]
     for who, shown in (("teacher", clean), ("teacher", distorted), ("student", distorted)):
         attn = vits[who](distill.prepare(shown, cfg.img_size), attn_blocks=1).attn[0]
-        heat = attn[:, :, 0, 1 + vits[who].num_registers:].mean(dim=1)  # [n, N]
+        heat = attn[:, :, 0, 1 + vits[who].num_registers:].mean(dim=1)  # of heads: [n, N]
         heat = heat / heat.amax(dim=1, keepdim=True)
         heat = heat.unflatten(1, (1, math.isqrt(heat.shape[1]), -1))
         heat = F.interpolate(heat, clean.shape[2:], mode="bilinear")  # [n, 1, S, S]
-        cells.append(torch.cat([heat, grey, grey], dim=1))
+        cells.append(torch.cat([heat, clean[:, 1:] / 2], dim=1))  # for red
     picture = make_grid(torch.stack(cells, dim=1).flatten(0, 1), nrow=5, pad_value=1)
     zoom = math.ceil(160 / clean.shape[2])
     save_image(F.interpolate(picture[None], scale_factor=zoom), path)
@@ -165,17 +163,15 @@ def main():
     add("--labels", type=distill.positive_int, help="training images that the probes see [all]")
     run = parser.parse_args().run
     try:
-        if not os.path.exists(f"{run}/last.pt"):
+        if not Path(run, "last.pt").exists():
             raise distill.UserError(f"{run} is no run of distill.py that has finished an epoch")
-        config = json.loads(Path(run, "config.json").read_text())
-        parser.set_defaults(**{**config, "seed": 0})
+        parser.set_defaults(**json.loads(Path(run, "config.json").read_text()) | {"seed": 0})
         cfg = parser.parse_args()  # what was not typed is now as in the run
         distill.resolve(cfg)
         if cfg.data == "stripes" and cfg.max_images is None:
             cfg.max_images = 1000
-        vits = {}
-        for who in WHO:
-            vits[who] = distill.load_vit(f"{run}/{who}.pth", cfg.img_size).to(cfg.device)
+        vits = {who: distill.load_vit(f"{run}/{who}.pth", cfg.img_size).to(cfg.device)
+                for who in ("teacher", "student")}
         if cfg.pictures:
             fit = distill.fit(cfg.data_size)
             images = torch.stack([fit(distill.read_image(path)) for path in cfg.pictures])
