@@ -39,6 +39,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # The first process shows bars that count images, unless output is redirected (None).
 BAR = {"unit": " images", "disable": True if RANK > 0 else None}
 
+class UserError(ValueError):
+    """A mistake that the user can mend: main prints its message instead of a traceback."""
+
 # ---- The Vision Transformer: all parameters are named as in DINO, DINOv2 and timm ----------------
 class Features(NamedTuple):
     """What a ViT gives: embeddings after the final norm, and attention probabilities."""
@@ -153,16 +156,13 @@ WEIGHTS = {  # all under Apache 2.0
     "deit_small": "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth",
 }
 
-class UserError(ValueError):
-    """A mistake that the user can mend: main prints its message instead of a traceback."""
-
 def resize_pos_embed(pos_embed, side, registers):
-    """Position embeddings [1, 1 + n * n, D] for side * side patches, as their publishers do it."""
+    """Position embeddings [1, 1 + n * n, D] for side * side patches, as in DINO and DINOv2."""
     n = math.isqrt(pos_embed.shape[1] - 1)
     if n == side:
         return pos_embed
     grid = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (n, n))  # [1, D, n, n]
-    if registers:
+    if registers:  # as in DINOv2's models with registers
         grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
     else:
         # DINO and DINOv2 scale by a little more (dino issue 8), which moves every value. DeiT's
@@ -215,8 +215,8 @@ def prepare(images, img_size):
 
 # ---- Distortions ---------------------------------------------------------------------------------
 # To add one, write a function and list it in DISTORTIONS: its option, the names of runs and the
-# evaluation follow. It takes images [B, 3, H, W] in [0, 1], the severity of each [B, 1, 1, 1], the
-# highest that may occur and a random generator. Its docstring is the option's help.
+# evaluation follow. It takes images [B, 3, H, W], the severity of each [B, 1, 1, 1], the highest
+# that may occur (which sizes blur's kernel) and a generator. Its docstring is the option's help.
 
 def blur(images, severity, highest, generator):
     """sigma of a Gaussian in pixels, cut at 3 sigma, edges reflected"""
@@ -287,7 +287,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         distorted = images
         for i, (function, low, high) in enumerate(kinds):
             severity = low + (high - low) * torch.rand(per_image, **source)
-            # With one_of an image changes only in its own kind's turn, so is still clean then.
+            # With one_of only the images that chose kind i take the change, and still are clean.
             changed = function(distorted, severity, high, generator)
             distorted = torch.where(choice == i, changed, distorted) if one_of else changed
         unchanged = torch.rand(per_image, **source) < clean
@@ -306,8 +306,8 @@ def distill_loss(student, teacher, weights=(1, 1, 1)):
         patch = 1 - cosines.mean()
         attn = torch.zeros_like(cls)
         for student_map, teacher_map in zip(student.attn, teacher.attn, strict=True):
-            q = student_map.float().clamp(min=1e-8)  # 0 has no finite logarithm
-            kl = F.kl_div(q.log(), teacher_map.float(), reduction="none")  # [B, heads, T, T]
+            log = student_map.float().clamp(min=1e-8).log()  # 0 has no finite logarithm
+            kl = F.kl_div(log, teacher_map.float(), reduction="none")  # [B, heads, T, T]
             attn = attn + kl.sum(dim=-1).mean() / len(student.attn)
         total = weights[0] * cls + weights[1] * patch + weights[2] * attn
     return total, {"global": cls, "patch": patch, "attn": attn}
@@ -328,7 +328,7 @@ class Objective(nn.Module):
         super().__init__()
         if cfg.attn_blocks > len(student.blocks):
             raise UserError(f"--attn-blocks {cfg.attn_blocks} of a ViT of {len(student.blocks)}")
-        self.method = method
+        self.method = method  # cfg.method, or supervised to train a scratch teacher as a student
         self.student = student
         self.teacher = teacher
         self.cfg = cfg
@@ -375,10 +375,10 @@ def draw_stripes(n, size, seed):
 def read_image(path):
     """An image file, upright and in RGB."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith(("I", "F")):
+        image = Image.open(path)
+        if image.mode[0] in "IF" or ";16" in str(image.tile):  # grey, or colour of 16 bits
             raise ValueError("it has more than 8 bits a channel")
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow raises many kinds
         raise OSError(f"cannot read the image {path}: {error}") from error
 
@@ -411,7 +411,7 @@ def load_data(cfg):
             test = draw_stripes(1000, cfg.data_size, seed=0)
         elif cfg.data in NATIVE_SIZE:
             dataset = getattr(datasets, cfg.data.upper())
-            splits = ("train", "test") if cfg.data == "stl10" else (True, False)  # CIFAR's train=
+            splits = ("train", "test") if cfg.data == "stl10" else (True, False)  # CIFAR: train=
             train, test = [dataset(cfg.root, split, transform=fit(cfg.data_size), download=True)
                            for split in splits]
         else:
@@ -419,7 +419,7 @@ def load_data(cfg):
             train, test = [open_folder(f"{cfg.data}/{split}", cfg) for split in splits]
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"cannot get --data {cfg.data}: {error!r:.300}. Known are {', '.join(NATIVE_SIZE)} and "
+            f"cannot get --data {cfg.data}: {error}. Known are {', '.join(NATIVE_SIZE)} and "
             "folders that hold train/<class>/* and val/<class>/* or test/<class>/*; offline, put "
             f"what torchvision would download into {cfg.root}") from error
     odd = set(train.classes) ^ set(test.classes)
@@ -442,7 +442,7 @@ def severities_of(cfg):
     return {name: vars(cfg)[name] for name in DISTORTIONS if vars(cfg).get(name)}
 
 def learning_rate(step, total_steps, peak):
-    """Linear warm-up over the first 3% of the steps, cut off by half a cosine to zero."""
+    """The lower of a linear warm-up over 3% of the steps and half a cosine to zero."""
     warmup = math.ceil(0.03 * total_steps)
     return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / total_steps))
 
@@ -492,9 +492,9 @@ def train(objective, data, cfg, epochs, lr, severities, state=None):
             dist.all_reduce(sums)
         means = (sums / steps_per_epoch / WORLD).tolist()
         rate = steps_per_epoch * cfg.batch_size / (time.perf_counter() - start)
-        row = {"epoch": epoch + 1, **dict(zip(["loss", *terms], means, strict=True))}
+        row = dict(zip(["loss", *terms], means, strict=True))
         state = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
-        yield {**row, "images_per_s": rate}, {**state, "epoch": epoch + 1}
+        yield {"epoch": epoch + 1, **row, "images_per_s": rate}, {"epoch": epoch + 1, **state}
 
 @torch.inference_mode()
 def compare(vits, images, cfg, severities, one_of=False, seed=0):
@@ -529,30 +529,13 @@ def make_parser(usage, description):
     add = parser.add_argument
     add("--data", default="stripes", help=f"{', '.join(NATIVE_SIZE)} or a folder [stripes]")
     add("--root", default="data", help="where data sets are downloaded to [data]")
-    add("--max-images", type=positive_int, help="images of either split, a random part [all]")
-    add("--weights", help="a name, a file or scratch [dinov2_vits14; of stripes scratch]")
-    add("--scratch", type=positive_int, nargs=2, default=[64, 4], metavar=("WIDTH", "DEPTH"),
-        help="of a scratch teacher, which is first trained with labels [64 4]")
+    add("--max-images", type=positive_int, help="of either split [all; to evaluate stripes 1000]")
     add("--data-size", type=positive_int, help="side when distorted [32; stl10 96; a folder 224]")
-    add("--img-size", type=positive_int, help="side for the ViT [224; of scratch the data size]")
-    for name, (function, _) in DISTORTIONS.items():
-        add(f"--{name}", type=float, nargs="+", help=f"{function.__doc__}; two: a range [0]")
-    add("--one-of", action="store_true", help="one distortion an image, not all [mixture: on]")
-    add("--clean", type=float, help="share of images that stay clean [0; mixture 0.2]")
-    add("--method", default="distill", choices=["distill", "contrastive", "supervised"])
-    add("--loss-weights", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("G", "P", "A"),
-        help="of the global, the patch and the attention term [1 1 1]")
-    add("--attn-blocks", type=positive_int, default=1, help="last blocks of that term [1]")
-    add("--epochs", type=positive_int, default=5, help="[5]")
-    add("--pretrain-epochs", type=positive_int, default=2, help="of a scratch teacher [2]")
     add("--batch-size", type=positive_int, help="of all processes together [64; scratch 32]")
-    add("--lr", type=float, help="highest learning rate of the student [1e-4; scratch 5e-3]")
     add("--dtype", choices=["float32", "bfloat16"], help="[cuda: bfloat16, else float32]")
-    add("--compile", action=argparse.BooleanOptionalAction, help="[cuda: on, else off]")
     add("--device", default=str(best), help=f"[{best}]")
     add("--workers", type=int, default=2, help="processes that read images [2]")
     add("--seed", type=int, default=0, help="of fresh weights, order and distortions [0]")
-    add("--out", help="run folder; the same command goes on there [runs/<data>-<distortions>]")
     return parser
 
 def describe(severities, one_of):
@@ -565,10 +548,10 @@ def describe(severities, one_of):
 def resolve(cfg):
     """Fill in the options that depend on others; raise UserError where they cannot be met."""
     cfg.data_size = cfg.data_size or NATIVE_SIZE.get(cfg.data, 224)
-    mixture = not severities_of(cfg)
+    mixture = not severities_of(cfg)  # none was typed
     if mixture:
-        blur = [0, 1.5 * cfg.data_size / 32]
-        vars(cfg).update(blur=blur, noise=[0, 0.4], mask=[0, 0.6], one_of=True)
+        pixels = [0, 1.5 * cfg.data_size / 32]
+        vars(cfg).update(blur=pixels, noise=[0, 0.4], mask=[0, 0.6], one_of=True)
     if cfg.clean is None:
         cfg.clean = 0.2 if mixture else 0.0
     data = os.path.basename(os.path.abspath(cfg.data))
@@ -586,8 +569,10 @@ def resolve(cfg):
     if cfg.batch_size % WORLD:
         raise UserError(f"--batch-size {cfg.batch_size} is not a multiple of {WORLD} processes")
     if scratch and (cfg.img_size % 8 or cfg.scratch[0] % 64):
-        raise UserError("scratch needs an --img-size that 8 and a --scratch width that 64 divides")
+        raise UserError("--img-size has to be a multiple of 8, --scratch's width of 64")
     try:  # the device, and every distortion's own limits
+        if cfg.device == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)
         black = torch.zeros(1, 3, cfg.data_size, cfg.data_size, device=cfg.device)
         distort(black, clean=cfg.clean, **severities_of(cfg))
     except (ValueError, RuntimeError, AssertionError) as error:
@@ -606,26 +591,26 @@ def read_checkpoint(cfg):
     """The last checkpoint of the run in --out, which has to have the same options."""
     checkpoint = torch.load(f"{cfg.out}/last.pt", map_location="cpu", weights_only=True)
     for name, value in vars(cfg).items():
-        old = checkpoint["config"].get(name)
+        old = checkpoint.get("config", {}).get(name)
         if old != value and name not in ("out", "root", "device", "workers", "compile"):
             raise UserError(f"--out {cfg.out} holds a run with {name} {old}, not {value}")
     return checkpoint
 
 def make_teacher(weights, data, num_classes, cfg):
-    """The pretrained teacher, or a small one that is trained here with labels on clean images."""
+    """The pretrained teacher, or a small one of 8 x 8 patches, trained here on labels."""
     if weights != "scratch":
         return load_vit(weights, cfg.img_size).to(cfg.device)
     width, depth = cfg.scratch
     teacher = ViT(cfg.img_size, cfg.img_size // 8, width, depth, num_heads=width // 64)
     objective = Objective("supervised", teacher, None, num_classes, cfg).to(cfg.device)
-    lr = 0.128 / width  # a student's lr, higher, would make attention too sharp to be learned
+    lr = 0.128 / width  # with the student's 5e-3 its attention would get too sharp to distil
     for row, _ in train(objective, data, cfg, cfg.pretrain_epochs, lr, severities={}):
         say(f"teacher: {json.dumps(row)}")
     return teacher
 
 def run(cfg, checkpoint):
     os.makedirs(cfg.out, exist_ok=True)
-    if LOCAL_RANK > 0:  # a machine's first process downloads what is missing, the others wait
+    if LOCAL_RANK > 0:  # a machine's first process downloads data, the others wait
         dist.barrier()
     data, (test_images, _), classes = load_data(cfg)
     if LOCAL_RANK == 0 and WORLD > 1:
@@ -650,7 +635,7 @@ def run(cfg, checkpoint):
         log.append({**row, **distances})
         say(json.dumps(log[-1]))
         if not all(math.isfinite(value) for value in log[-1].values()):
-            raise UserError("the last row is not finite: lower --lr")
+            raise UserError("the last row is not finite: lower --lr, with another --out")
         if RANK == 0:
             Path(cfg.out, "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
             save(student.state_dict(), f"{cfg.out}/student.pth")
@@ -658,21 +643,38 @@ def run(cfg, checkpoint):
 
 def main():
     parser = make_parser("%(prog)s [options]", __doc__)
+    add = parser.add_argument
+    add("--weights", help="a name, a file or scratch [dinov2_vits14; of stripes scratch]")
+    add("--scratch", type=positive_int, nargs=2, default=[64, 4], metavar=("WIDTH", "DEPTH"),
+        help="of a scratch teacher, which is first trained with labels [64 4]")
+    add("--img-size", type=positive_int, help="side for the ViT [224; of scratch the data size]")
+    for name, (function, _) in DISTORTIONS.items():
+        add(f"--{name}", type=float, nargs="+", help=f"{function.__doc__}, or a range [0]")
+    add("--one-of", action="store_true", help="one distortion an image, not all")
+    add("--clean", type=float, help="share of images that stay clean [0]. Without a distortion: "
+        "--blur 0 1.5 (per 32 pixels) --noise 0 0.4 --mask 0 0.6 --one-of --clean 0.2")
+    add("--method", default="distill", choices=["distill", "contrastive", "supervised"])
+    add("--loss-weights", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("G", "P", "A"),
+        help="of the global, the patch and the attention term [1 1 1]")
+    add("--attn-blocks", type=positive_int, default=1, help="last blocks of that term [1]")
+    add("--epochs", type=positive_int, default=5, help="[5]")
+    add("--pretrain-epochs", type=positive_int, default=2, help="of a scratch teacher [2]")
+    add("--lr", type=float, help="highest learning rate of the student [1e-4; scratch 5e-3]")
+    add("--compile", action=argparse.BooleanOptionalAction, help="[cuda: on, else off]")
+    add("--out", help="run folder; the same command goes on there [runs/<data>-<distortions>]")
     cfg = parser.parse_args()
     try:
         resolve(cfg)
         checkpoint = read_checkpoint(cfg) if os.path.exists(f"{cfg.out}/last.pt") else None
         if WORLD > 1:
-            if cfg.device == "cuda":
-                torch.cuda.set_device(LOCAL_RANK)
-            backend = "nccl" if cfg.device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+            day = datetime.timedelta(days=1)  # a download may be long
+            dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=day)
         if checkpoint is None or checkpoint["epoch"] < cfg.epochs:
-            say("  ".join(f"{name}={value}" for name, value in vars(cfg).items()))
+            say(json.dumps(vars(cfg)))
             run(cfg, checkpoint)
         say(f"{cfg.out} is finished; next: python eval.py {cfg.out}")
     except (UserError, OSError) as error:
-        parser.error(str(error).splitlines()[-1])
+        parser.error(str(error).splitlines()[-1])  # a worker's begins with its traceback
 
 if __name__ == "__main__":
     main()

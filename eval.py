@@ -2,8 +2,7 @@
 """Evaluate a run of distill.py: what distortions cost its teacher and what its student wins back,
 also of kinds never trained on. Prints a table; writes results.json and attention.png into the run.
 
-    python eval.py runs/cifar10-noise0.1
-    python eval.py runs/cifar10-noise0.1 --test bad/fog bad/rain    images distorted already
+    python eval.py runs/cifar10-noise0.1 [--pictures a.jpg b.jpg] [--test bad/fog bad/rain]
 """
 import json
 import math
@@ -23,11 +22,11 @@ import distill
 def fit_probe(x, y):
     """Multinomial logistic regression of labels y [N] on features x [N, D], as a function from
     features [M, D] to labels [M]. x is standardized; L-BFGS minimizes cross-entropy + strength *
-    |weight|^2, with the best of six strengths on a held-out fifth. ValueError if x is not finite.
+    |weight|^2, with the best of six strengths on a held-out fifth. ValueError for unfit x or y.
     """
     x = torch.as_tensor(x).detach().float()
-    if not x.isfinite().all():
-        raise ValueError("features are not finite")
+    if len(x) != len(y) or not x.isfinite().all():
+        raise ValueError("x is not finite, or not as long as y")
     mean = x.mean(dim=0)
     std = x.std(dim=0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # a constant feature counts as 0
@@ -57,10 +56,10 @@ def fit_probe(x, y):
     for strength in strengths:
         weight = fit(x[fifth:], y[fifth:], strength)
         right.append(((x[:fifth] @ weight).argmax(dim=1) == y[:fifth]).sum().item())
-    weight = fit(x, y, strengths[np.argmax(right)])  # of equals the strongest
+    weight = fit(x, y, strengths[np.argmax(right)])  # of equals the first, the strongest
 
     def predict(x):
-        x = torch.as_tensor(x).to(mean)
+        x = torch.as_tensor(x).to(mean)  # its device and dtype
         return classes[(standardize(x) @ weight).argmax(dim=1)]
     return predict
 
@@ -73,8 +72,8 @@ def linear_probe(train_x, train_y, test_x, test_y):
     return accuracy(fit_probe(train_x, train_y), test_x, test_y)
 
 # ---- The table -----------------------------------------------------------------------------------
-def held_out(size):
-    """What every run is tested on: blur in pixels of images of this size."""
+def tested_on(size):
+    """What every run is tested on; blur is in pixels of images of this size."""
     pixel = size / 32
     return [
         {"blur": 1.4 * pixel}, {"blur": 2 * pixel},
@@ -95,12 +94,12 @@ def evaluate(cfg, vits, data):
         raise distill.UserError(f"--test has classes {sorted(unknown)}, which {cfg.data} has not")
     trained = distill.severities_of(cfg)
     rows = []
-    for severities in tqdm([{}, trained, *held_out(cfg.data_size)], "evaluating", disable=None):
+    for severities in tqdm([{}, trained, *tested_on(cfg.data_size)], "evaluating", disable=None):
         one_of = cfg.one_of and severities is trained
         x, _ = distill.compare(vits, images, cfg, severities, one_of, cfg.seed)
         test_x, row = distill.compare(vits, test_images, cfg, severities, one_of, cfg.seed + 1)
         probes = {who: fit_probe(x[who], labels) for who in vits}
-        if not rows:  # the first row is that of the clean images
+        if not rows:  # of clean images; it judges both models in all rows
             clean_probe = probes["teacher"]
         for who in vits:
             row[f"probe_{who}"] = accuracy(probes[who], test_x[who], test_labels)
@@ -125,7 +124,7 @@ def print_table(rows):
     for row in rows:
         cells = []
         for name in columns:
-            keys = (f"{name}_teacher", f"{name}_student", name)
+            keys = (f"{name}_teacher", f"{name}_student", name)  # a pair of figures, or one
             values = [f"{row[key]:.3f}" for key in keys if row.get(key) is not None]
             cells.append(" > ".join(values))
         print(f"{row['distortion']:{width}}", *(f"{cell:>13}" for cell in cells))
@@ -133,24 +132,24 @@ def print_table(rows):
 # ---- The picture ---------------------------------------------------------------------------------
 @torch.inference_mode()
 def draw_attention(path, cfg, vits, images):
-    """Save a picture with a row for each of images, uint8 [n, 3, S, S]: clean, distorted as much as
-    in training, and three times, in red, where the last block's global token looks.
+    """Save a picture with a row for each of images, uint8 [n, 3, S, S]: clean, distorted at the
+    highest severity, and three times, in red, where the last block's global token looks.
     """
     clean = images.to(cfg.device) / 255
     strongest = {name: np.max(value).item() for name, value in distill.severities_of(cfg).items()}
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     distorted = distill.distort(clean, generator, cfg.one_of, **strongest)
+    grey = clean.mean(dim=1, keepdim=True) / 2
     cells = [clean, distorted]
     for who, shown in (("teacher", clean), ("teacher", distorted), ("student", distorted)):
         attn = vits[who](distill.prepare(shown, cfg.img_size), attn_blocks=1).attn[0]
         heat = attn[:, :, 0, 1 + vits[who].num_registers:].mean(dim=1)  # of heads: [n, N]
         heat = heat / heat.amax(dim=1, keepdim=True)
         heat = heat.unflatten(1, (1, math.isqrt(heat.shape[1]), -1))
-        heat = F.interpolate(heat, clean.shape[2:], mode="bilinear")  # [n, 1, S, S]
-        cells.append(torch.cat([heat, clean[:, 1:] / 2], dim=1))  # for red
+        heat = F.interpolate(heat, cfg.data_size, mode="bilinear")  # [n, 1, S, S]
+        cells.append(torch.cat([heat, grey, grey], dim=1))
     picture = make_grid(torch.stack(cells, dim=1).flatten(0, 1), nrow=5, pad_value=1)
-    zoom = math.ceil(160 / clean.shape[2])
-    save_image(F.interpolate(picture[None], scale_factor=zoom), path)
+    save_image(F.interpolate(picture[None], scale_factor=160 // cfg.data_size + 1), path)
     print(f"{path}: clean, distorted, teacher at clean, teacher at distorted, student at distorted")
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -165,7 +164,8 @@ def main():
     try:
         if not Path(run, "last.pt").exists():
             raise distill.UserError(f"{run} is no run of distill.py that has finished an epoch")
-        parser.set_defaults(**json.loads(Path(run, "config.json").read_text()) | {"seed": 0})
+        config = json.loads(Path(run, "config.json").read_text())
+        parser.set_defaults(**{**config, "seed": 0})  # the same distortions for all runs
         cfg = parser.parse_args()  # what was not typed is now as in the run
         distill.resolve(cfg)
         if cfg.data == "stripes" and cfg.max_images is None:

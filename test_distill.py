@@ -404,7 +404,7 @@ def test_evaluation_leaves_the_table_and_the_picture(world, tmp_path, capsys):
     Image.new("RGB", (50, 30), (200, 10, 10)).save(tmp_path / "own.png")
     call(evaluation, f"{out} --pictures {tmp_path}/own.png --data none")
     picture = np.asarray(Image.open(out / "attention.png"))
-    assert picture.shape == (200, 920, 3) and (picture[100, 90] == [200, 10, 10]).all()
+    assert picture.shape == (220, 1012, 3) and (picture[100, 90] == [200, 10, 10]).all()
     for words in ("--labels 0", "--device cuda:9", "--test nowhere", f"--test {world}/odd/val"):
         message = "lonely" if "odd" in words else words.split()[1]
         assert message in error_of(capsys, evaluation, f"{out} {words}")
