@@ -42,7 +42,7 @@ BAR = {"unit": " images", "disable": True if RANK > 0 else None}
 class UserError(ValueError):
     """A mistake that the user can mend: main prints its message instead of a traceback."""
 
-# ---- The Vision Transformer: all parameters are named as in DINO, DINOv2 and timm ----------------
+# ---- The Vision Transformer: all parameters are named as in DINO and DINOv2 ----------------------
 class Features(NamedTuple):
     """What a ViT gives: embeddings after the final norm, and attention probabilities."""
     cls: torch.Tensor  # [B, D], the global embedding
@@ -155,13 +155,13 @@ WEIGHTS = {  # all under Apache 2.0
     "deit_small": "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth",
 }
 
-def resize_pos_embed(pos_embed, side, registers):
+def resize_pos_embed(pos_embed, side, has_registers):
     """Position embeddings [1, 1 + n * n, D] for side * side patches, as in DINO and DINOv2."""
     n = math.isqrt(pos_embed.shape[1] - 1)
     if n == side:
         return pos_embed
     grid = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (n, n))  # [1, D, n, n]
-    if registers:  # as in DINOv2's models with registers
+    if has_registers:  # as in DINOv2's models with registers
         grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
     else:
         # DINO and DINOv2 scale by a little more (dino issue 8), which moves every value. DeiT's
@@ -218,7 +218,7 @@ def prepare(images, img_size):
 # that may occur (which sizes blur's kernel) and a generator. Its docstring is the option's help.
 
 def blur(images, severity, highest, generator):
-    """sigma of a Gaussian in pixels, cut at 3 sigma, edges reflected"""
+    """sigma of a Gaussian in pixels, edges reflected"""
     B, _, H, W = images.shape
     radius = math.ceil(3 * highest)
     if radius >= min(H, W):  # reflection cannot pad further
@@ -327,15 +327,15 @@ class Objective(nn.Module):
         super().__init__()
         if cfg.attn_blocks > len(student.blocks):
             raise UserError(f"--attn-blocks {cfg.attn_blocks} of a ViT of {len(student.blocks)}")
-        self.method = method  # cfg.method, or supervised where student is a scratch teacher
-        self.student = student
+        self.method = method
+        self.student = student  # or a scratch teacher, while it is trained with labels
         self.teacher = teacher
         self.cfg = cfg
         if method == "supervised":
             self.head = nn.Linear(student.cls_token.shape[-1], num_classes)
 
     def forward(self, clean, distorted, labels):
-        """Images [B, 3, S, S] in [0, 1], labels [B]: the loss, and the terms that it sums up."""
+        """Images [B, 3, S, S] in [0, 1], labels [B]: the loss, and the terms of distill_loss."""
         img_size = self.cfg.img_size
         attn_blocks = self.cfg.attn_blocks if self.method == "distill" else 0
         student = self.student(prepare(distorted, img_size), attn_blocks)
@@ -348,7 +348,7 @@ class Objective(nn.Module):
         return distill_loss(student, teacher, self.cfg.loss_weights)
 
 # ---- Data ----------------------------------------------------------------------------------------
-NATIVE_SIZE = {"stripes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96}  # else a folder
+NATIVE_SIZE = {"stripes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96}  # other --data: a folder
 
 def draw_stripes(n, size, seed):
     """n drawings of a disc of stripes; the label is the stripes' direction, one of ten."""
@@ -381,16 +381,16 @@ def read_image(path):
     except Exception as error:  # Pillow raises many kinds
         raise OSError(f"cannot read the image {path}: {error}") from error
 
-def fit(size):
+def square(size):
     """The transform of an image into uint8 [3, size, size]: its shorter side resized, cropped."""
     resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
     return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
 
 def open_folder(folder, cfg):
-    return datasets.ImageFolder(folder, fit(cfg.data_size), loader=read_image)
+    return datasets.ImageFolder(folder, square(cfg.data_size), loader=read_image)
 
 def read_split(dataset, cfg):
-    """At most --max-images images, uint8 [N, 3, S, S], and labels [N], in an order of seed 0."""
+    """At most --max-images images, uint8 [B, 3, S, S], and labels [B], in an order of seed 0."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     dataset = Subset(dataset, order[:cfg.max_images].tolist())
     loader = DataLoader(dataset, batch_size=64, num_workers=cfg.workers)
@@ -410,8 +410,8 @@ def load_data(cfg):
             test = draw_stripes(1000, cfg.data_size, seed=0)
         elif cfg.data in NATIVE_SIZE:
             dataset = getattr(datasets, cfg.data.upper())
-            splits = ("train", "test") if cfg.data == "stl10" else (True, False)  # CIFAR: train=
-            train, test = [dataset(cfg.root, split, transform=fit(cfg.data_size), download=True)
+            splits = ("train", "test") if cfg.data == "stl10" else (True, False)  # CIFAR's train=
+            train, test = [dataset(cfg.root, split, transform=square(cfg.data_size), download=True)
                            for split in splits]
         else:
             splits = ("train", "val" if os.path.isdir(f"{cfg.data}/val") else "test")
@@ -446,9 +446,9 @@ def learning_rate(step, total_steps, peak):
     return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / total_steps))
 
 def train(objective, data, cfg, epochs, lr, severities, state=None):
-    """Train on data, images and labels, distorted anew each time. A generator that yields, after
-    each epoch, a row of figures and the state from which training can go on: since an epoch's order
-    depends on (seed, epoch) and a distortion on (seed, step, process), no random state is in it.
+    """Train on data = (images, labels), distorted anew each time. Yields, after each epoch, a row
+    of figures and the state from which training can go on: since an epoch's order depends on
+    (seed, epoch) and a distortion on (seed, step, process), no random state is in it.
     """
     images, labels = data
     trained = [p for p in objective.parameters() if p.requires_grad]  # not the frozen teacher
@@ -497,8 +497,8 @@ def train(objective, data, cfg, epochs, lr, severities, state=None):
 
 @torch.inference_mode()
 def compare(vits, images, cfg, severities, one_of=False, seed=0):
-    """Show ViTs, by name, the same distorted copies of images, uint8 [N, 3, S, S]. Returns global
-    embeddings [N, D] of each, and how far its features are from those that vits["teacher"] has of
+    """Show ViTs, by name, the same distorted copies of images, uint8 [B, 3, S, S]. Returns global
+    embeddings [B, D] of each, and how far its features are from those that vits["teacher"] has of
     the clean images, in distill_loss's terms: {"global_teacher": 0.3, ...}.
     """
     generator = torch.Generator(cfg.device).manual_seed(seed)
@@ -511,7 +511,7 @@ def compare(vits, images, cfg, severities, one_of=False, seed=0):
             target = vits["teacher"](prepare(clean, cfg.img_size), cfg.attn_blocks)
             for who, vit in vits.items():
                 features = vit(prepare(distorted, cfg.img_size), cfg.attn_blocks)
-                embeddings[who].append(features.cls.float().clone())  # a view would keep patches
+                embeddings[who].append(features.cls.float().clone())  # a view keeps patches too
                 for term, value in distill_loss(features, target)[1].items():
                     distances[f"{term}_{who}"] += value.item() * len(batch) / len(images)
     return {who: torch.cat(parts) for who, parts in embeddings.items()}, distances
@@ -547,7 +547,7 @@ def describe(severities, one_of):
 def resolve(cfg):
     """Fill in the options that depend on others; raise UserError where they cannot be met."""
     cfg.data_size = cfg.data_size or NATIVE_SIZE.get(cfg.data, 224)
-    mixture = not severities_of(cfg)  # none was typed (0 is one)
+    mixture = not severities_of(cfg)  # none was typed ([0.0] is one)
     if mixture:
         pixels = [0, 1.5 * cfg.data_size / 32]
         vars(cfg).update(blur=pixels, noise=[0, 0.4], mask=[0, 0.6], one_of=True)

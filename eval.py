@@ -20,8 +20,8 @@ import distill
 
 @torch.inference_mode(False)  # to learn also where the caller has turned gradients off
 def fit_probe(x, y):
-    """Multinomial logistic regression of labels y [N] on features x [N, D], as a function from
-    features [M, D] to labels [M]. x is standardized; L-BFGS minimizes cross-entropy + strength *
+    """Multinomial logistic regression of labels y [n] on features x [n, D], as a function from
+    features [m, D] to labels [m]. x is standardized; L-BFGS minimizes cross-entropy + strength *
     |weight|^2, with the best of six strengths on a held-out fifth. ValueError for unfit x or y.
     """
     x = torch.as_tensor(x).detach().float()
@@ -33,7 +33,7 @@ def fit_probe(x, y):
     classes, y = torch.as_tensor(y).to(x.device).unique(return_inverse=True)  # y indexes classes
 
     def standardize(x):
-        return F.pad((x - mean) / std, (0, 1), value=1.0)  # [N, D + 1], the last for the bias
+        return F.pad((x - mean) / std, (0, 1), value=1.0)  # [n, D + 1], the last for the bias
 
     def fit(x, y, strength):
         weight = torch.zeros(x.shape[1], len(classes), device=x.device, requires_grad=True)
@@ -74,17 +74,17 @@ def linear_probe(train_x, train_y, test_x, test_y):
 # ---- The table -----------------------------------------------------------------------------------
 def tested_on(size):
     """What every run is tested on; blur is in pixels of images of this size."""
-    pixel = size / 32
+    scale = size / 32
     return [
-        {"blur": 1.4 * pixel}, {"blur": 2 * pixel},
+        {"blur": 1.4 * scale}, {"blur": 2 * scale},
         {"noise": 0.15}, {"noise": 0.3},
         {"mask": 0.25}, {"mask": 0.5},
         {"salt": 0.1}, {"contrast": 0.7},
-        {"blur": 0.7 * pixel, "noise": 0.1, "mask": 0.2},
+        {"blur": 0.7 * scale, "noise": 0.1, "mask": 0.2},
     ]
 
 def evaluate(cfg, vits, data):
-    """The rows of results.json, of what distill.load_data gave and of --test."""
+    """The rows of results.json, for the data of distill.load_data and for --test."""
     (images, labels), (test_images, test_labels), classes = data
     images = images[:cfg.labels]
     labels = labels[:cfg.labels]
@@ -99,7 +99,7 @@ def evaluate(cfg, vits, data):
         x, _ = distill.compare(vits, images, cfg, severities, one_of, cfg.seed)
         test_x, row = distill.compare(vits, test_images, cfg, severities, one_of, cfg.seed + 1)
         probes = {who: fit_probe(x[who], labels) for who in vits}
-        if not rows:  # of clean images; it judges both models in all rows
+        if not rows:  # the first row is clean
             clean_probe = probes["teacher"]
         for who in vits:
             row[f"probe_{who}"] = accuracy(probes[who], test_x[who], test_labels)
@@ -143,7 +143,7 @@ def draw_attention(path, cfg, vits, images):
     cells = [clean, distorted]
     for who, shown in (("teacher", clean), ("teacher", distorted), ("student", distorted)):
         attn = vits[who](distill.prepare(shown, cfg.img_size), attn_blocks=1).attn[0]
-        heat = attn[:, :, 0, 1 + vits[who].num_registers:].mean(dim=1)  # of heads: [n, N]
+        heat = attn[:, :, 0, 1 + vits[who].num_registers:].mean(dim=1)  # over heads: [n, N]
         heat = heat / heat.amax(dim=1, keepdim=True)
         heat = heat.unflatten(1, (1, math.isqrt(heat.shape[1]), -1))
         heat = F.interpolate(heat, cfg.data_size, mode="bilinear")  # [n, 1, S, S]
@@ -165,7 +165,7 @@ def main():
         if not Path(run, "last.pt").exists():
             raise distill.UserError(f"{run} is no run of distill.py that has finished an epoch")
         config = json.loads(Path(run, "config.json").read_text())
-        parser.set_defaults(**{**config, "seed": 0})  # the same distortions for all runs
+        parser.set_defaults(**{**config, "seed": 0})  # runs of one batch size are distorted alike
         cfg = parser.parse_args()  # what was not typed is now as in the run
         distill.resolve(cfg)
         if cfg.data == "stripes" and cfg.max_images is None:
@@ -173,8 +173,8 @@ def main():
         vits = {who: distill.load_vit(f"{run}/{who}.pth", cfg.img_size).to(cfg.device)
                 for who in ("teacher", "student")}
         if cfg.pictures:
-            fit = distill.fit(cfg.data_size)
-            images = torch.stack([fit(distill.read_image(path)) for path in cfg.pictures])
+            square = distill.square(cfg.data_size)
+            images = torch.stack([square(distill.read_image(path)) for path in cfg.pictures])
         else:
             data = distill.load_data(cfg)
             rows = evaluate(cfg, vits, data)
