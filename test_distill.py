@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-"""Tests: python -m pytest -q test_distill.py"""
 import ast
 import json
 import os
@@ -467,6 +466,7 @@ def test_two_processes_end_where_one_does(world, tmp_path):
     finish(start(command(world, tmp_path / "two", more), launcher))
     one, two = [weights_of(tmp_path / name / "student.pth") for name in ("one", "two")]
     assert (one - two).norm() < 0.05 * (one - weights_of(world / "vit.pth")).norm()
+    assert np.ptp([log_of(tmp_path / name)[-1]["loss"] for name in ("one", "two")]) < 1e-4
 
 def test_a_compiled_run_is_one_graph_and_ends_like_an_eager_one(world, tmp_path, monkeypatch):
     torch_compile = torch.compile
