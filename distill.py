@@ -13,10 +13,10 @@ pixels at which images are held and distorted.
 """
 import argparse
 import copy
-import datetime
 import json
 import math
 import os
+import pickle
 import time
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -32,12 +32,19 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # Set by torchrun: this process's number, its number on this machine, how many there are.
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # The first process shows bars that count images, unless output is redirected (None).
 BAR = {"unit": " images", "disable": True if RANK > 0 else None}
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 class UserError(ValueError):
     """A mistake that the user can mend: main prints its message instead of a traceback."""
@@ -50,6 +57,10 @@ class Features(NamedTuple):
     attn: tuple = ()  # one map [B, heads, T, T] for each block asked for, in order
 
 class Attention(nn.Module):
+    # x86 processors without AVX512-BF16 or AMX emulate bfloat16.
+    bfloat16_is_emulated = torch.backends.cpu.get_cpu_capability().startswith("AVX") and not (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -59,8 +70,10 @@ class Attention(nn.Module):
     def forward(self, x, need_map):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, T, 3, heads, D / heads]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, D / heads]
-        # The fused kernel returns no map, and in bfloat16 on a CPU it is 2 to 5 times slower.
-        if need_map or (q.dtype == torch.bfloat16 and q.device.type == "cpu"):
+        # The fused kernel gives no map. In bfloat16 it is 2 to 5 times slower than the product
+        # written out on CPUs that have bfloat16, and 10 to 17 times faster where it is emulated.
+        in_bfloat16 = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        if need_map or (in_bfloat16 and not self.bfloat16_is_emulated):
             logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, heads, T, T]
             attn = logits.float().softmax(dim=-1)
             y = attn.to(v.dtype) @ v
@@ -105,7 +118,6 @@ class ViT(nn.Module):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"{img_size=} is not a multiple of {patch_size=}")
-        self.img_size = img_size
         self.num_registers = num_registers
         num_patches = (img_size // patch_size) ** 2
         hidden_dim = round(embed_dim * mlp_ratio)
@@ -121,24 +133,20 @@ class ViT(nn.Module):
 
     def forward(self, images, attn_blocks=0):
         """Features of normalized images [B, 3, img_size, img_size], with the attention maps of the
-        last attn_blocks blocks in float32. Raises ValueError for images of another size.
+        last attn_blocks blocks in float32.
         """
-        if images.shape[1:] != (3, self.img_size, self.img_size):
-            raise ValueError(f"images {list(images.shape)} are not {self.img_size} pixels a side")
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, N, D]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]  # [B, N, D]
+        first = self.cls_token + self.pos_embed[:, :1]
         if self.num_registers:  # they get no position embedding
-            registers = self.register_tokens.expand(len(x), -1, -1)
-            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)  # [B, T, D]
+            first = torch.cat([first, self.register_tokens], dim=1)
+        x = torch.cat([first.expand(len(x), -1, -1), x], dim=1)  # [B, T, D]
         first_map = len(self.blocks) - attn_blocks
         maps = []
         for i, block in enumerate(self.blocks):
-            need_map = i >= first_map
-            x, attn = block(x, need_map)
-            if need_map:
-                maps.append(attn)
+            x, attn = block(x, need_map=i >= first_map)
+            maps.append(attn)
         x = self.norm(x)
-        return Features(x[:, 0], x[:, 1 + self.num_registers:], tuple(maps))
+        return Features(x[:, 0], x[:, 1 + self.num_registers:], tuple(maps[first_map:]))
 
 # ---- Pretrained weights --------------------------------------------------------------------------
 WEIGHTS = {  # all under Apache 2.0
@@ -146,70 +154,102 @@ WEIGHTS = {  # all under Apache 2.0
     "dinov2_vitb14": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
     "dinov2_vitl14": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
     "dinov2_vits14_reg": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
-    "dinov2_vitb14_reg": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
-    "dinov2_vitl14_reg": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
     "dino_vits16": "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
-    "dino_vits8": "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
     "dino_vitb16": "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-    "deit_tiny": "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth",
-    "deit_small": "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth",
 }
 
 def resize_pos_embed(pos_embed, side, has_registers):
     """Position embeddings [1, 1 + n * n, D] for side * side patches, as in DINO and DINOv2."""
     n = math.isqrt(pos_embed.shape[1] - 1)
+    if n * n != pos_embed.shape[1] - 1:
+        raise UserError(f"pos_embed has {pos_embed.shape[1]} rows, not one for cls and n * n")
     if n == side:
         return pos_embed
     grid = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (n, n))  # [1, D, n, n]
     if has_registers:  # as in DINOv2's models with registers
         grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
     else:
-        # DINO and DINOv2 scale by a little more (dino issue 8), which moves every value. DeiT's
-        # code does not; to treat it like the others is this project's choice.
+        # DINO and DINOv2 scale by a little more (dino issue 8), which moves every value. Others'
+        # code does not; to treat their weights likewise is this repository's choice.
         grid = F.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic")
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
-def load_vit(weights, img_size):
+def find_vit(content):
+    """The state dict of the ViT in a checkpoint's nested dicts, prefixes taken off, or {}."""
+    end = "patch_embed.proj.weight"
+    preferred = ("model", "teacher", "student", "state_dict")  # in this order, if there are several
+    names = [name for name in content if isinstance(name, str)]
+    names.sort(key=lambda name: [name.split(".")[0] == word for word in preferred], reverse=True)
+    for name in names:
+        if name.endswith(end):
+            prefix = name.removesuffix(end)
+            return {name.removeprefix(prefix): content[name] for name in names
+                    if name.startswith(prefix)}
+    for name in names:
+        found = find_vit(content[name]) if isinstance(content[name], dict) else {}
+        if found:
+            return found
+    return {}
+
+def build_vit(state, img_size, num_heads):
+    """The ViT of a state dict with DINO's names, whose architecture is read off it."""
+    others = ("head", "mask_token", "masked_embed", "decoder", "dino_head", "ibot_head",
+              "pre_logits")
+    state = {name: value for name, value in state.items() if not name.startswith(others)}
+    embed_dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
+    depth = sum(name.endswith(".norm1.weight") for name in state)  # one a block
+    mlp_ratio = len(state["blocks.0.mlp.fc1.weight"]) / embed_dim
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    if num_heads is None:  # no shape tells
+        num_heads = 16 if embed_dim in (1280, 1408, 1664) else embed_dim / 64
+    if embed_dim % num_heads or num_heads % 1:
+        raise UserError(f"its width {embed_dim} has no {num_heads:g} heads: see --num-heads")
+    vit = ViT(img_size, patch_size, embed_dim, depth, int(num_heads), mlp_ratio, registers,
+              layer_scale="blocks.0.ls1.gamma" in state)
+    pos_embed = state["pos_embed"].float()
+    state["pos_embed"] = resize_pos_embed(pos_embed, img_size // patch_size, registers)
+    missing, unexpected = vit.load_state_dict(state, strict=False)  # copies the values
+    if missing or unexpected:
+        raise UserError(f"it lacks {missing[:4]}, and has {unexpected[:4]} besides")
+    if not all(p.isfinite().all() for p in vit.parameters()):
+        raise UserError("it holds NaN or infinity")
+    return vit
+
+def load_vit(weights, img_size, num_heads=None):
     """The ViT of pretrained weights, for images of img_size pixels a side. weights is a name in
-    WEIGHTS or the path of a state dict with DINO's names, which may lie under "model". The
-    architecture is read off it, but heads are taken to be 64 wide: no shape tells. Raises
+    WEIGHTS or a checkpoint's path, in which the ViT is looked for by DINO's parameter names.
+    num_heads: 16 for the widths 1280, 1408 and 1664, else width / 64, unless given. Raises
     ValueError if the weights cannot be had or do not fit, img_size included.
     """
     options = {"map_location": "cpu", "weights_only": True}  # so that no file runs code
     try:
-        if weights in WEIGHTS:
-            state = torch.hub.load_state_dict_from_url(WEIGHTS[weights], **options)
-        else:
-            state = torch.load(weights, **options)
-        state = state.get("model", state)
-        state = {k: v for k, v in state.items() if not k.startswith(("mask_token", "head"))}
-        embed_dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
-        if embed_dim % 64:
-            raise ValueError(f"its width {embed_dim} is not a multiple of 64")
-        depth = sum(key.endswith(".norm1.weight") for key in state)  # one a block
-        mlp_ratio = len(state["blocks.0.mlp.fc1.weight"]) / embed_dim
-        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-        layer_scale = "blocks.0.ls1.gamma" in state
-        vit = ViT(img_size, patch_size, embed_dim, depth, embed_dim // 64, mlp_ratio, registers,
-                  layer_scale)
-        pos_embed = state["pos_embed"].float()
-        state["pos_embed"] = resize_pos_embed(pos_embed, img_size // patch_size, registers)
-        vit.load_state_dict(state)  # copies the values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            if weights in WEIGHTS:
+                checkpoint = torch.hub.load_state_dict_from_url(WEIGHTS[weights], **options)
+            else:
+                checkpoint = torch.load(weights, **options)
+        return build_vit(find_vit(checkpoint), img_size, num_heads)
+    except KeyError as error:
+        reason = f"it has no {error}"
+    except pickle.UnpicklingError:
+        reason = "it holds more than tensors and plain values: save its state dict alone"
     except Exception as error:  # what is missing, damaged or foreign raises many kinds
-        raise UserError(
-            f"cannot load weights {weights}: {error!r:.300}. Known names: {', '.join(WEIGHTS)}; "
-            f"offline, put their files into {torch.hub.get_dir()}/checkpoints") from error
-    return vit
+        reason = " ".join(repr(error).split())[:300]
+    raise UserError(
+        f"cannot load weights {weights}: {reason}. Known names are {', '.join(WEIGHTS)}; offline, "
+        f"put their files into {torch.hub.get_dir()}/checkpoints")
 
-def prepare(images, img_size):
-    """A ViT's input: images [B, 3, h, w] in [0, 1] resized bicubically to img_size pixels a side
-    (antialiased if made smaller), normalized with ImageNet's mean and standard deviation.
+def prepare(images, img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """A ViT's input: images [B, 3, h, w] in [0, 1] resized to img_size pixels a side by Pillow's
+    bicubic kernel, normalized with the mean and standard deviation of each channel, in float32.
+    Raises ValueError for images that are not floating point.
     """
-    if images.shape[2:] != (img_size, img_size):
-        smaller = img_size < max(images.shape[2:])
-        images = F.interpolate(images, (img_size, img_size), mode="bicubic", antialias=smaller)
-    mean = torch.tensor([0.485, 0.456, 0.406], device=images.device).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225], device=images.device).view(3, 1, 1)
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}, not floats in [0, 1]")
+    images = images.float()
+    if images.shape[2:] != (img_size, img_size):  # antialias is Pillow's kernel, larger or smaller
+        images = F.interpolate(images, (img_size, img_size), mode="bicubic", antialias=True)
+    mean, std = torch.tensor([mean, std], device=images.device).view(2, 3, 1, 1)
     return (images - mean) / std
 
 # ---- Distortions ---------------------------------------------------------------------------------
@@ -241,7 +281,7 @@ def noise(images, severity, highest, generator):
     return images + severity * torch.randn(images.shape, generator=generator, device=images.device)
 
 def salt(images, severity, highest, generator):
-    """share of pixels set to black or white, half each"""
+    """share of pixels set to black or white, half each (ImageNet-C's dots are coloured)"""
     chance = torch.rand(images[:, :1].shape, generator=generator, device=images.device)
     images = torch.where(chance < severity / 2, 0.0, images)  # the lowest black, the highest white
     return torch.where(chance >= 1 - severity / 2, 1.0, images)
@@ -264,9 +304,11 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     severities go by the names of DISTORTIONS: a number, or a pair (low, high) from which each image
     draws its own, uniformly. All kinds above 0 are applied in DISTORTIONS's order; with one_of each
     image gets one of them. With probability clean an image is left as it is. Random numbers come
-    from generator, which has to be on the images' device. Raises ValueError for unknown kinds and
-    for severities or shares out of range.
+    from generator, which has to be on the images' device. Raises ValueError for unknown kinds,
+    severities or shares out of range, and images that are not floating point.
     """
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}, not floats in [0, 1]")
     unknown = severities.keys() - DISTORTIONS.keys()
     if unknown or not 0 <= clean <= 1:
         raise ValueError(f"{clean=} is not from 0 to 1, or {unknown} not in {list(DISTORTIONS)}")
@@ -289,94 +331,109 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
             # With one_of an image takes only its own kind's change; until then it is undistorted.
             changed = function(distorted, severity, high, generator)
             distorted = torch.where(choice == i, changed, distorted) if one_of else changed
-        unchanged = torch.rand(per_image, **source) < clean
-        return torch.where(unchanged, images, distorted).clamp(0, 1)
+        untouched = torch.rand(per_image, **source) < clean
+        return torch.where(untouched, images, distorted).clamp(0, 1)
 
-# ---- Losses --------------------------------------------------------------------------------------
-def distill_loss(student, teacher, weights=(1, 1, 1)):
-    """The weighted sum of the three terms (arXiv 2604.22529) between two Features, and the terms:
+# ---- The loss ------------------------------------------------------------------------------------
+# The terms of the loss, by name. To add one, list it here and compute it in distill_loss: its
+# weight, the log and the evaluation's table follow.
+TERMS = ("global", "patch", "attn")
+
+def distill_loss(student, teacher, weights=(1,) * len(TERMS)):
+    """The weighted sum of the terms (arXiv 2604.22529) between two Features, and the terms by name:
     "global" = 1 - cosine of cls; "patch" = 1 - cosine of each patch, averaged; "attn" = KL(teacher
     map || student map) in nats of each query's row, averaged over rows, heads, blocks and batch, 0
-    without maps. In float32 also under autocast.
+    without maps. All in float32, also under autocast.
     """
-    with torch.autocast(student.cls.device.type, enabled=False):
-        cls = 1 - F.cosine_similarity(student.cls.float(), teacher.cls.float(), dim=-1).mean()
-        cosines = F.cosine_similarity(student.patches.float(), teacher.patches.float(), dim=-1)
-        patch = 1 - cosines.mean()
-        attn = torch.zeros_like(cls)
-        for student_map, teacher_map in zip(student.attn, teacher.attn, strict=True):
-            log = student_map.float().clamp(min=1e-8).log()  # 0 has no finite logarithm
-            kl = F.kl_div(log, teacher_map.float(), reduction="none")  # [B, heads, T, T]
-            attn = attn + kl.sum(dim=-1).mean() / len(student.attn)
-        total = weights[0] * cls + weights[1] * patch + weights[2] * attn
-    return total, {"global": cls, "patch": patch, "attn": attn}
+    cls = 1 - F.cosine_similarity(student.cls.float(), teacher.cls.float(), dim=-1).mean()
+    cosines = F.cosine_similarity(student.patches.float(), teacher.patches.float(), dim=-1)
+    attn = torch.zeros_like(cls)
+    for student_map, teacher_map in zip(student.attn, teacher.attn, strict=True):
+        log = student_map.float().clamp(min=1e-30).log()  # 0 has no finite logarithm
+        kl = F.kl_div(log, teacher_map.float(), reduction="none")  # [B, heads, T, T]
+        attn = attn + kl.sum(dim=-1).mean() / len(student.attn)
+    terms = {"global": cls, "patch": 1 - cosines.mean(), "attn": attn}
+    total = sum(weight * terms[name] for name, weight in zip(TERMS, weights, strict=True))
+    return total, terms
 
-def info_nce(student_cls, teacher_cls, temperature=0.1):
-    """InfoNCE as in the closest earlier work (arXiv 2110.07439): each student embedding [B, D] has
-    to find its own image's teacher embedding among those of its process. In float32.
+class Distillation(nn.Module):
+    """The method, as one module for torch.compile and DistributedDataParallel: a teacher, which it
+    freezes, and a student that learns the teacher's features of the clean images.
     """
-    with torch.autocast(student_cls.device.type, enabled=False):
-        student_cls = F.normalize(student_cls.float())
-        teacher_cls = F.normalize(teacher_cls.float())
-        logits = student_cls @ teacher_cls.T / temperature  # [B, B]
-        return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-
-class Objective(nn.Module):
-    """A step's forward pass as one module, which torch.compile and DistributedDataParallel take."""
-    def __init__(self, method, student, teacher, num_classes, cfg):
+    def __init__(self, teacher, student, img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                 attn_blocks=1, term_weights=(1,) * len(TERMS)):
         super().__init__()
-        if cfg.attn_blocks > len(student.blocks):
-            raise UserError(f"--attn-blocks {cfg.attn_blocks} of a ViT of {len(student.blocks)}")
-        self.method = method
-        self.student = student  # or a scratch teacher, while it is trained with labels
-        self.teacher = teacher
-        self.cfg = cfg
-        if method == "supervised":
-            self.head = nn.Linear(student.cls_token.shape[-1], num_classes)
+        self.teacher = teacher.requires_grad_(False)
+        self.student = student
+        self.inputs = (img_size, mean, std)
+        self.attn_blocks = attn_blocks
+        self.term_weights = term_weights
+
+    def forward(self, clean, distorted, labels=None):
+        """Images [B, 3, S, S] in [0, 1] (labels are not used): the loss, and its terms by name."""
+        with torch.no_grad():
+            target = self.teacher(prepare(clean, *self.inputs), self.attn_blocks)
+        features = self.student(prepare(distorted, *self.inputs), self.attn_blocks)
+        return distill_loss(features, target, self.term_weights)
+
+class Classifier(nn.Module):
+    """A ViT with a linear layer on cls that learns labels [B], with the interface of Distillation:
+    a scratch teacher is trained so.
+    """
+    def __init__(self, vit, num_classes, img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+        super().__init__()
+        self.vit = vit
+        self.head = nn.Linear(vit.cls_token.shape[-1], num_classes)
+        self.inputs = (img_size, mean, std)
 
     def forward(self, clean, distorted, labels):
-        """Images [B, 3, S, S] in [0, 1], labels [B]: the loss, and the terms of distill_loss."""
-        img_size = self.cfg.img_size
-        attn_blocks = self.cfg.attn_blocks if self.method == "distill" else 0
-        student = self.student(prepare(distorted, img_size), attn_blocks)
-        if self.method == "supervised":
-            return F.cross_entropy(self.head(student.cls).float(), labels), {}
-        with torch.no_grad():
-            teacher = self.teacher(prepare(clean, img_size), attn_blocks)
-        if self.method == "contrastive":
-            return info_nce(student.cls, teacher.cls), {}
-        return distill_loss(student, teacher, self.cfg.loss_weights)
+        logits = self.head(self.vit(prepare(distorted, *self.inputs)).cls)  # [B, num_classes]
+        return F.cross_entropy(logits.float(), labels), {}
 
 # ---- Data ----------------------------------------------------------------------------------------
-NATIVE_SIZE = {"stripes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96}  # other --data: a folder
-
-def draw_stripes(n, size, seed):
+def draw_stripes(root, transform, download, n, seed):
     """n drawings of a disc of stripes; the label is the stripes' direction, one of ten."""
     uniform = np.random.default_rng(seed).uniform
-    images = np.empty((n, 3, size, size), np.uint8)
-    y, x = np.mgrid[:size, :size] / size  # lengths are in sides of the image
+    y, x = np.mgrid[:32, :32] / 32  # lengths are in sides of the image
+    images = []
     for i in range(n):
         angle = np.pi * (i % 10) / 10 + uniform(-0.12, 0.12)
         across = x * np.cos(angle) + y * np.sin(angle)
         wave = np.sin(2 * np.pi * (across / uniform(0.12, 0.22) + uniform()))
-        dark = uniform(0, 0.45, size=(3, 1, 1))
-        light = uniform(0.55, 1, size=(3, 1, 1))
-        ground = uniform(0.2, 0.8, size=(3, 1, 1))
+        dark = uniform(0, 0.45, size=3)
+        light = uniform(0.55, 1, size=3)
+        ground = uniform(0.2, 0.8, size=3)
         radius = uniform(0.28, 0.48)
         center_x, center_y = uniform(0.8 * radius, 1 - 0.8 * radius, size=2)
         disc = np.hypot(x - center_x, y - center_y) < radius
-        stripes = dark + (light - dark) * (1 + wave) / 2  # [3, S, S]
-        images[i] = 255 * np.where(disc, stripes, ground)
-    dataset = TensorDataset(torch.from_numpy(images), torch.arange(n) % 10)
-    dataset.classes = list("0123456789")  # as torchvision's data sets have them
+        stripes = dark + (light - dark) * (1 + wave[..., None]) / 2  # [32, 32, 3]
+        image = 255 * np.where(disc[..., None], stripes, ground)
+        images.append(transform(Image.fromarray(image.astype(np.uint8))))
+    dataset = TensorDataset(torch.stack(images), torch.arange(n) % 10)
+    dataset.classes = list("0123456789")
     return dataset
 
+# To add a data set of torchvision, list it here; all it needs besides is a list of classes.
+DATA = {  # name: (side in pixels, class, what it takes for the training split, for the test split)
+    "stripes": (32, draw_stripes, {"n": 8000, "seed": 1}, {"n": 1000, "seed": 0}),
+    "cifar10": (32, datasets.CIFAR10, {"train": True}, {"train": False}),
+    "cifar100": (32, datasets.CIFAR100, {"train": True}, {"train": False}),
+    "stl10": (96, datasets.STL10, {"split": "train"}, {"split": "test"}),
+}
+
 def read_image(path):
-    """An image file, upright and in RGB."""
+    """An image file as an upright RGB PIL.Image. Raises OSError, with the path, for what Pillow
+    cannot read or reads wrongly, and for grey images of more than 8 bits.
+    """
     try:
         image = Image.open(path)
-        if image.mode[0] in "IF" or ";16" in str(image.tile):  # grey, or colour of 16 bits
+        tags = getattr(image, "tag_v2", {})  # of a TIFF: 284 planar configuration, 258 bits
+        planar = tags.get(284) == 2 and max(tags.get(258, [8])) > 8
+        if planar or image.mode[0] in "IF":
             raise ValueError("it has more than 8 bits a channel")
+        image.getexif()  # keeps the orientation
+        for block in ("exif", "Raw profile type exif"):  # odd tags cannot be written again
+            image.info.pop(block, None)
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow raises many kinds
         raise OSError(f"cannot read the image {path}: {error}") from error
@@ -386,102 +443,139 @@ def square(size):
     resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
     return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
 
-def open_folder(folder, cfg):
-    return datasets.ImageFolder(folder, square(cfg.data_size), loader=read_image)
+class Folder(datasets.ImageFolder):
+    """The images in a folder's class folders: all that Pillow opens, but nothing hidden."""
+    def __init__(self, root, transform):
+        super().__init__(root, transform, loader=read_image, is_valid_file=self.is_image)
 
-def read_split(dataset, cfg):
-    """At most --max-images images, uint8 [B, 3, S, S], and labels [B], in an order of seed 0."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    dataset = Subset(dataset, order[:cfg.max_images].tolist())
-    loader = DataLoader(dataset, batch_size=64, num_workers=cfg.workers)
-    images = torch.empty(len(dataset), 3, cfg.data_size, cfg.data_size, dtype=torch.uint8)
-    labels = torch.empty(len(dataset), dtype=torch.int64)
-    for i, (batch, batch_labels) in enumerate(tqdm(loader, "reading", unit_scale=64, **BAR)):
-        part = slice(64 * i, 64 * i + len(batch))
-        images[part] = batch
-        labels[part] = batch_labels
-    return images, labels
+    def find_classes(self, directory):
+        classes = [name for name in super().find_classes(directory)[0] if name[0] != "."]
+        return classes, {name: i for i, name in enumerate(classes)}
+
+    def is_image(self, path):
+        hidden = f"{os.sep}." in path.removeprefix(self.root)
+        kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+        # Some formats Pillow only writes or leaves to other programs; some are no photos.
+        others = (None, "BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
+        return not hidden and kind not in others
 
 def load_data(cfg):
-    """The training split's (images, labels), the test split's, and the names of the classes."""
+    """The training and the test data set, of (uint8 [3, S, S], label), at most --max-images of each
+    in a random order of seed 0, and the classes' names.
+    """
+    transform = square(cfg.data_size)
     try:
-        if cfg.data == "stripes":
-            train = draw_stripes(8000, cfg.data_size, seed=1)
-            test = draw_stripes(1000, cfg.data_size, seed=0)
-        elif cfg.data in NATIVE_SIZE:
-            dataset = getattr(datasets, cfg.data.upper())
-            splits = ("train", "test") if cfg.data == "stl10" else (True, False)  # CIFAR's train=
-            train, test = [dataset(cfg.root, split, transform=square(cfg.data_size), download=True)
-                           for split in splits]
+        if cfg.data in DATA:
+            _, kind, *splits = DATA[cfg.data]
+            both = [kind(cfg.root, transform=transform, download=True, **split) for split in splits]
         else:
-            splits = ("train", "val" if os.path.isdir(f"{cfg.data}/val") else "test")
-            train, test = [open_folder(f"{cfg.data}/{split}", cfg) for split in splits]
-    except (OSError, RuntimeError) as error:
+            second = "val" if os.path.isdir(f"{cfg.data}/val") else "test"
+            both = [Folder(f"{cfg.data}/{split}", transform) for split in ("train", second)]
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"cannot get --data {cfg.data}: {error}. Known are {', '.join(NATIVE_SIZE)} and "
-            "folders that hold train/<class>/* and val/<class>/* or test/<class>/*; offline, put "
-            f"what torchvision would download into {cfg.root}") from error
-    odd = set(train.classes) ^ set(test.classes)
+            f"cannot get --data {cfg.data}: {error}. Known are {', '.join(DATA)} and folders that "
+            "hold train/<class>/* and val/<class>/* or test/<class>/*; offline, put what "
+            f"torchvision would download into {cfg.root}") from error
+    classes = both[0].classes
+    odd = set(classes) ^ set(both[1].classes)
     if odd:
         raise UserError(f"{cfg.data} has {sorted(odd)} in one of its two splits only")
-    return read_split(train, cfg), read_split(test, cfg), train.classes
+    parts = []
+    for dataset in both:
+        order = np.random.default_rng(0).permutation(len(dataset))
+        parts.append(Subset(dataset, order[:cfg.max_images].tolist()))
+    return *parts, classes
+
+def make_loader(dataset, cfg, batch_size, order=None):
+    """Batches of a data set, in the order of the given indices, read by --workers processes."""
+    return DataLoader(
+        dataset, batch_size, sampler=order, num_workers=cfg.workers,
+        persistent_workers=cfg.workers > 0, pin_memory=cfg.device.startswith("cuda"),
+        generator=torch.Generator())  # its own, so that the global one stays where it is
 
 # ---- Training ------------------------------------------------------------------------------------
-def to_device(tensor, cfg):
-    """The tensor on the run's device; a GPU fetches it while the CPU goes on."""
-    if cfg.device.startswith("cuda"):
-        tensor = tensor.pin_memory()
-    return tensor.to(cfg.device, non_blocking=True)
-
 def autocast(cfg):
     kind = torch.device(cfg.device).type
     return torch.autocast(kind, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-
-def severities_of(cfg):
-    return {name: vars(cfg)[name] for name in DISTORTIONS if vars(cfg).get(name)}
 
 def learning_rate(step, total_steps, peak):
     """The lower of a linear warm-up over 3% of the steps and half a cosine to zero."""
     warmup = math.ceil(0.03 * total_steps)
     return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / total_steps))
 
-def train(objective, data, cfg, epochs, lr, severities, state=None):
-    """Train on data = (images, labels), distorted anew each time. Yields, after each epoch, a row
-    of figures and the state from which training can go on: since an epoch's order depends on
-    (seed, epoch) and a distortion on (seed, step, process), no random state is in it.
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the momentum of a matrix, made
+    orthogonal by five Newton-Schulz steps. Updates are scaled to the size of AdamW's, so that both
+    share a learning rate (arXiv 2502.16982). Parameters of one shape [m, n] go together.
     """
-    images, labels = data
-    trained = [p for p in objective.parameters() if p.requires_grad]  # not the frozen teacher
-    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.05, fused=True)
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.05):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        same_shape = defaultdict(list)
+        for p in group["params"]:
+            same_shape[p.shape].append(p)
+        for shape, params in same_shape.items():
+            grads = torch.stack([p.grad for p in params])  # [k, m, n]
+            state = self.state[params[0]]
+            momentum = state.setdefault("momentum", torch.zeros_like(grads))
+            momentum.lerp_(grads, 1 - group["momentum"])
+            x = grads.lerp(momentum, group["momentum"])  # Nesterov's
+            x = x.mT if shape[0] > shape[1] else x
+            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            for _ in range(5):
+                s = x @ x.mT
+                x = 3.4445 * x + (-4.775 * s + 2.0315 * s @ s) @ x
+            x = x.mT if shape[0] > shape[1] else x
+            size = 0.2 * max(shape) ** 0.5
+            for p, update in zip(params, x, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * size)
+
+def train(module, dataset, cfg, epochs, lr, severities, state=None):
+    """Train a module with the interface of Distillation on a data set of (image, label), distorted
+    anew each time. Yields, after each epoch, a row of figures and the state from which training can
+    go on. No random state is in it: an epoch's order depends on (seed, epoch), a distortion on
+    (seed, step, process).
+    """
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if "blocks." in name and p.ndim == 2]
+    others = [p for name, p in trained.items() if "blocks." not in name or p.ndim != 2]
+    optimizers = [Muon(matrices, lr), torch.optim.AdamW(others, lr, weight_decay=0.05, fused=True)]
     if state:
-        objective.load_state_dict(state["objective"])
-        optimizer.load_state_dict(state["optimizer"])
-    model = torch.compile(objective, dynamic=False) if cfg.compile else objective
+        module.load_state_dict(state["module"], strict=False)  # what is frozen is not in it
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    model = torch.compile(module, dynamic=False) if cfg.compile else module
     if WORLD > 1:
         model = nn.parallel.DistributedDataParallel(model)
     generator = torch.Generator(cfg.device)
-    own_size = cfg.batch_size // WORLD  # this process's part of a batch
-    steps_per_epoch = len(images) // cfg.batch_size  # without the ragged last batch
+    steps_per_epoch = len(dataset) // cfg.batch_size  # without the ragged last batch
+    order = []  # this process's images of an epoch, for the loader
+    loader = make_loader(dataset, cfg, cfg.batch_size // WORLD, order)
 
     for epoch in range(state["epoch"] if state else 0, epochs):
-        order = np.random.default_rng((cfg.seed, epoch)).permutation(len(images))[RANK::WORLD]
+        permutation = np.random.default_rng((cfg.seed, epoch)).permutation(len(dataset))
+        order[:] = permutation[:steps_per_epoch * cfg.batch_size][RANK::WORLD].tolist()
         sums = 0
-        start = time.perf_counter()
-        bar = tqdm(range(steps_per_epoch), f"epoch {epoch + 1}", unit_scale=cfg.batch_size, **BAR)
-        for i in bar:
+        bar = tqdm(loader, f"epoch {epoch + 1}", unit_scale=cfg.batch_size, **BAR)
+        for i, (images, labels) in enumerate(bar):
+            if i == 0:
+                start = time.perf_counter()  # by now the loader's processes have started
             step = epoch * steps_per_epoch + i
-            batch = order[i * own_size:(i + 1) * own_size]
-            clean = to_device(images[batch], cfg) / 255
+            clean = images.to(cfg.device, non_blocking=True) / 255
             generator.manual_seed((1_000_000 * cfg.seed + step) * WORLD + RANK)
             distorted = distort(clean, generator, cfg.one_of, cfg.clean, **severities)
 
-            optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps_per_epoch, lr)
             with autocast(cfg):
-                loss, terms = model(clean, distorted, to_device(labels[batch], cfg))
-            optimizer.zero_grad()
+                loss, terms = model(clean, distorted, labels.to(cfg.device, non_blocking=True))
+            module.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
+            nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps_per_epoch, lr)
+                optimizer.step()
 
             figures = torch.stack([loss, *terms.values()]).detach()
             sums = sums + figures
@@ -492,50 +586,175 @@ def train(objective, data, cfg, epochs, lr, severities, state=None):
         means = (sums / steps_per_epoch / WORLD).tolist()
         rate = steps_per_epoch * cfg.batch_size / (time.perf_counter() - start)
         row = dict(zip(["loss", *terms], means, strict=True))
-        state = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
-        yield {"epoch": epoch + 1, **row, "images_per_s": rate}, {"epoch": epoch + 1, **state}
+        weights = {name: p.detach() for name, p in trained.items()}
+        state = {"epoch": epoch + 1, "module": weights, "optimizers": [o.state_dict() for o in optimizers]}
+        yield {"epoch": epoch + 1, **row, "images_per_s": rate}, state
 
 @torch.inference_mode()
-def compare(vits, images, cfg, severities, one_of=False, seed=0):
-    """Show ViTs, by name, the same distorted copies of images, uint8 [B, 3, S, S]. Returns global
-    embeddings [B, D] of each, and how far its features are from those that vits["teacher"] has of
-    the clean images, in distill_loss's terms: {"global_teacher": 0.3, ...}.
+def compare(vits, batches, cfg, kinds, seed=0, with_distances=True):
+    """Show vits, {"teacher": …, "student": …}, the same distorted copies of batches of (images,
+    labels), for each of kinds = [(severities, one_of), …]; {} is clean. Returns the labels [n] and,
+    for each kind, global embeddings {"teacher": [n, D], …} and distances {"global_teacher": [n],
+    …}: how far features are, in distill_loss's terms, from the teacher's of the clean images.
     """
-    generator = torch.Generator(cfg.device).manual_seed(seed)
-    embeddings = defaultdict(list)
-    distances = defaultdict(float)
-    for batch in images.split(cfg.batch_size):
-        clean = to_device(batch, cfg) / 255
-        distorted = distort(clean, generator, one_of, **severities)
+    attn_blocks = cfg.attn_blocks if with_distances else 0
+    def features_of(who, images):
         with autocast(cfg):
-            target = vits["teacher"](prepare(clean, cfg.img_size), cfg.attn_blocks)
-            for who, vit in vits.items():
-                features = vit(prepare(distorted, cfg.img_size), cfg.attn_blocks)
-                embeddings[who].append(features.cls.float().clone())  # a view keeps patches too
-                for term, value in distill_loss(features, target)[1].items():
-                    distances[f"{term}_{who}"] += value.item() * len(batch) / len(images)
-    return {who: torch.cat(parts) for who, parts in embeddings.items()}, distances
+            return vits[who](prepare(images, cfg.img_size, cfg.mean, cfg.std), attn_blocks)
+    generators = [torch.Generator(cfg.device).manual_seed(1000 * seed + i)
+                  for i in range(len(kinds))]
+    all_labels = []
+    rows = [defaultdict(list) for _ in kinds]
+    for images, labels in batches:
+        all_labels.append(labels)
+        clean = images.to(cfg.device, non_blocking=True) / 255
+        target = features_of("teacher", clean)
+        for i, (severities, one_of) in enumerate(kinds):
+            distorted = distort(clean, generators[i], one_of, **severities)
+            for who in vits:
+                is_target = who == "teacher" and not severities
+                features = target if is_target else features_of(who, distorted)
+                rows[i][who].append(features.cls.float().clone())  # a view would keep patches, too
+                terms = distill_loss(features, target)[1] if with_distances else {}
+                for term, value in terms.items():  # a batch's mean, for each of its images
+                    rows[i][f"{term}_{who}"].append(value.expand(len(images)))
+    rows = [{name: torch.cat(parts) for name, parts in row.items()} for row in rows]
+    return torch.cat(all_labels), rows
 
 # ---- The run -------------------------------------------------------------------------------------
-def positive_int(text):
-    if int(text) < 1:
-        raise ValueError  # argparse says of which option
-    return int(text)
+def say(text):
+    if RANK == 0:
+        print(text, flush=True)
 
-def make_parser(usage, description):
-    parser = argparse.ArgumentParser(usage=usage, description=description.split("\n\n")[0])
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    add = parser.add_argument
-    add("--data", default="stripes", help=f"{', '.join(NATIVE_SIZE)} or a folder [stripes]")
-    add("--root", default="data", help="where data sets are downloaded to [data]")
-    add("--max-images", type=positive_int, help="of either split [all; eval.py on stripes 1000]")
-    add("--data-size", type=positive_int, help="side when distorted [32; stl10 96; a folder 224]")
-    add("--batch-size", type=positive_int, help="of all processes together [64; scratch 32]")
-    add("--dtype", choices=["float32", "bfloat16"], help="[cuda: bfloat16, else float32]")
-    add("--device", default=str(best), help=f"[{best}]")
-    add("--workers", type=int, default=2, help="processes that read images [2]")
-    add("--seed", type=int, default=0, help="of fresh weights, order and distortions [0]")
-    return parser
+def save(content, path):
+    """In the first process, torch.save that leaves path whole or as it was."""
+    if RANK == 0:
+        torch.save(content, f"{path}.part")
+        os.replace(f"{path}.part", path)
+
+def claim(cfg):
+    """Make --out this run's by its config.json, locked until that file is closed or the process
+    ends; returns the file.
+    """
+    os.makedirs(cfg.out, exist_ok=True)
+    file = open(f"{cfg.out}/config.json", "a+")
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {cfg.out}") from None
+        os.register_at_fork(after_in_child=file.close)  # a loader's process would keep the lock
+    options = json.dumps(vars(cfg), indent=1)
+    file.seek(0)
+    text = file.read()
+    if not text:
+        file.write(options)
+        file.flush()
+    old = json.loads(text or options)
+    aside = ("out", "root", "device", "workers", "compile")
+    for name, value in json.loads(options).items():
+        if old.get(name) != value and name not in aside:
+            file.close()
+            raise UserError(f"{cfg.out} holds a run with {name} {old.get(name)}, not {value}")
+    return file
+
+def look(cfg, num_images):
+    """The teacher and the last checkpoint, if any, after a look at all that can be wrong."""
+    last = f"{cfg.out}/last.pt"
+    begun = os.path.exists(last)
+    if os.path.exists(f"{cfg.out}/student.pth") and not begun:
+        raise UserError(f"--out {cfg.out} holds a student, and no last.pt from which to go on")
+    try:
+        checkpoint = torch.load(last, map_location="cpu", weights_only=True) if begun else None
+    except Exception as error:  # what is damaged raises many kinds
+        raise UserError(f"{last} is damaged: to begin anew, move {cfg.out} away") from error
+    if cfg.batch_size > num_images:
+        raise UserError(f"--batch-size {cfg.batch_size} is more than the {num_images} images")
+    try:
+        distort(torch.zeros(1, 3, cfg.data_size, cfg.data_size), clean=cfg.clean, **cfg.severities)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"at {cfg.data_size} pixels: {error}") from error
+    if cfg.weights == "scratch" and not begun:  # a grid of 8 by 8 patches
+        if cfg.img_size % 8:
+            raise UserError(f"--img-size {cfg.img_size} is not a multiple of 8")
+        torch.manual_seed(cfg.seed)
+        teacher = ViT(cfg.img_size, cfg.img_size // 8, embed_dim=64, depth=4, num_heads=1)
+    else:
+        weights = f"{cfg.out}/teacher.pth" if begun else cfg.weights
+        teacher = load_vit(weights, cfg.img_size, cfg.num_heads)
+    if cfg.attn_blocks > len(teacher.blocks):
+        raise UserError(f"--attn-blocks {cfg.attn_blocks} of a ViT of {len(teacher.blocks)}")
+    return teacher, checkpoint
+
+def distil(cfg, data, teacher, checkpoint):
+    """Train the student, and first a scratch teacher; write the run's folder."""
+    train_set, test_set, classes = data
+    inputs = (cfg.img_size, cfg.mean, cfg.std)
+    if cfg.weights == "scratch" and not checkpoint:
+        classifier = Classifier(teacher, len(classes), *inputs).to(cfg.device)
+        # At the student's higher rate attention gets too sharp to distil.
+        for row, _ in train(classifier, train_set, cfg, cfg.pretrain_epochs, 2e-3, severities={}):
+            say(f"teacher: {json.dumps(row)}")
+    student = copy.deepcopy(teacher)  # before the teacher is frozen
+    vits = {"teacher": teacher, "student": student}
+    module = Distillation(teacher, student, *inputs, cfg.attn_blocks, cfg.loss_weights)
+    module.to(cfg.device)
+    log = []
+    def write_student():
+        save(student.state_dict(), f"{cfg.out}/student.pth")
+        if RANK == 0:
+            Path(cfg.out, "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in log))
+    if checkpoint:
+        log = checkpoint["log"]
+        module.load_state_dict(checkpoint["module"], strict=False)
+        write_student()  # an interruption may have come between last.pt and these
+    save(teacher.state_dict(), f"{cfg.out}/teacher.pth")
+    held_out = make_loader(Subset(test_set, range(min(500, len(test_set)))), cfg, cfg.batch_size)
+    for row, state in train(module, train_set, cfg, cfg.epochs, cfg.lr, cfg.severities, checkpoint):
+        _, [found] = compare(vits, held_out, cfg, [(cfg.severities, cfg.one_of)])
+        distances = {name: x.mean().item() for name, x in found.items() if x.ndim == 1}
+        log.append({**row, **distances})
+        say(json.dumps(log[-1]))
+        if not all(math.isfinite(value) for value in log[-1].values()):
+            raise UserError("the last row is not finite: lower --lr, with another --out")
+        save({**state, "log": log}, f"{cfg.out}/last.pt")  # before what can be made from it
+        write_student()
+
+def run(cfg):
+    """The whole run, in this process and in those that torchrun has started beside it."""
+    on_gpu = cfg.device == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(LOCAL_RANK)
+    if WORLD > 1:
+        print(f"process {RANK} waits for the other {WORLD - 1}", flush=True)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    begun = [None]
+    errors = [None] * WORLD
+    try:
+        if LOCAL_RANK == 0:  # a machine's first process downloads, the others wait
+            data = load_data(cfg)
+        if RANK == 0:
+            begun = [look(cfg, len(data[0]))]
+            claimed = claim(cfg)
+    except (UserError, OSError) as error:
+        errors[RANK] = error
+    if WORLD > 1:
+        dist.all_gather_object(errors, errors[RANK])
+        dist.broadcast_object_list(begun)
+    for rank, error in enumerate(errors):
+        if error:  # all end, one says why
+            raise error if rank == RANK else SystemExit(2)
+    try:
+        if LOCAL_RANK > 0:
+            data = load_data(cfg)
+        say(json.dumps(vars(cfg)))
+        distil(cfg, data, *begun[0])
+    finally:
+        if RANK == 0:
+            claimed.close()
+            if not os.path.exists(f"{cfg.out}/last.pt"):  # nothing was saved
+                os.unlink(f"{cfg.out}/config.json")
+    say(f"{cfg.out} is finished; next: python eval.py {cfg.out}")
 
 def describe(severities, one_of):
     """Distortions as text: noise0.1, blur1+noise0-0.4, blur1-or-noise0.1."""
@@ -544,19 +763,93 @@ def describe(severities, one_of):
         parts.append(name + "-".join(f"{end:g}" for end in np.unique(value)))
     return ("-or-" if one_of else "+").join(parts) or "clean"
 
-def resolve(cfg):
-    """Fill in the options that depend on others; raise UserError where they cannot be met."""
-    cfg.data_size = cfg.data_size or NATIVE_SIZE.get(cfg.data, 224)
-    mixture = not severities_of(cfg)  # none was typed ([0.0] is one)
-    if mixture:
-        pixels = [0, 1.5 * cfg.data_size / 32]
-        vars(cfg).update(blur=pixels, noise=[0, 0.4], mask=[0, 0.6], one_of=True)
-    if cfg.clean is None:
-        cfg.clean = 0.2 if mixture else 0.0
+def check_device(cfg):
+    """Raise UserError for a device that is not there; say where bfloat16 will be slow."""
+    try:
+        torch.zeros(1, device=cfg.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device}: {error!r:.200}") from error
+    if (cfg.device, cfg.dtype) == ("cpu", "bfloat16") and Attention.bfloat16_is_emulated:
+        say("this processor emulates bfloat16: --dtype float32 is many times faster")
+
+def can_compile(device):
+    """Whether torch.compile finds what it needs: a C compiler and, on a GPU, Triton."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except Exception:  # each want has a kind of its own
+        return False
+    return True
+
+# ---- The options ---------------------------------------------------------------------------------
+def at_least(low, kind=int):
+    """A type for argparse: finite numbers from low on."""
+    def parse(text):
+        if not low <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} on")
+        return kind(text)
+    return parse
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=__doc__.split("\n\n")[0])
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    count = at_least(1)
+    share = at_least(0, float)
+    add = parser.add_argument
+    # What is read
+    add("--data", default="stripes", help=f"{', '.join(DATA)}, or a folder that holds "
+        "train/<class>/* and val/<class>/* or test/<class>/* [stripes, which are drawn]")
+    add("--root", default="data", help="where data sets are downloaded to [data]")
+    add("--max-images", type=count, help="a random part of either split [all]")
+    add("--weights", help="a known name, a file, or scratch for a small ViT that is first trained "
+        "with labels [dinov2_vits14; for stripes scratch]")
+    add("--num-heads", type=count, help="[width / 64; of the widths 1280, 1408 and 1664 16]")
+    add("--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="that the weights were trained "
+        "with, of the three channels [ImageNet's]")
+    add("--std", type=at_least(1e-6, float), nargs=3, default=IMAGENET_STD, help="[ImageNet's]")
+    add("--data-size", type=count, help="side in pixels when distorted [32; stl10 96; folder 224]")
+    add("--img-size", type=count, help="side in pixels for the ViT [224; scratch the data size]")
+    # Distortions
+    for name, (function, _) in DISTORTIONS.items():
+        add(f"--{name}", type=share, nargs="+", help=f"{function.__doc__}; a value or a range [0]")
+    add("--one-of", action="store_true", help="each image gets one of the distortions, not all")
+    add("--clean", type=share, help="share of images that stay clean [0]. Without a distortion: "
+        "--blur 0 1.5 (per 32 pixels) --noise 0 0.4 --mask 0 0.6 --one-of --clean 0.2")
+    # Training
+    add("--loss-weights", type=share, nargs=len(TERMS), default=[1.0] * len(TERMS), metavar=TERMS,
+        help="[1 each]")
+    add("--attn-blocks", type=count, default=1, help="last blocks whose maps are compared [1]")
+    add("--epochs", type=count, default=5, help="of the student [5]")
+    add("--pretrain-epochs", type=count, default=2, help="of a scratch teacher [2]")
+    add("--batch-size", type=count, help="of all processes together [64; scratch 32]")
+    add("--lr", type=at_least(1e-9, float), help="the student's highest [1e-4; scratch 5e-3]")
+    add("--seed", type=at_least(0), default=0, help="of weights, order and distortions [0]")
+    # The machine
+    add("--device", default=str(best), help=f"cuda, mps or cpu [{best}]")
+    add("--dtype", choices=["float32", "bfloat16"], help="[cuda bfloat16, else float32]")
+    add("--compile", action=argparse.BooleanOptionalAction, help="[on cuda, where it works]")
+    add("--workers", type=at_least(0), default=2 if best == "cpu" else 8,
+        help="processes that read images [2; beside a GPU 8]")
+    add("--out", help="run folder; the same command goes on there [runs/<data>-<distortions>]")
+    return parser
+
+def fill_in(cfg):
+    """Give options that were not typed their values, which depend on others."""
+    typed = {name: vars(cfg).pop(name) for name in DISTORTIONS}
+    cfg.severities = {name: value for name, value in typed.items() if value}
+    kinds = describe(cfg.severities, cfg.one_of)
+    cfg.data_size = cfg.data_size or (DATA[cfg.data][0] if cfg.data in DATA else 224)
+    default_clean = 0.0
+    if not cfg.severities:
+        kinds = "mixture"
+        blur = [0, 1.5 * cfg.data_size / 32]
+        cfg.severities = {"blur": blur, "noise": [0, 0.4], "mask": [0, 0.6]}
+        cfg.one_of = True
+        default_clean = 0.2
+    cfg.clean = default_clean if cfg.clean is None else cfg.clean
     data = os.path.basename(os.path.abspath(cfg.data))
-    kinds = "mixture" if mixture else describe(severities_of(cfg), cfg.one_of)
-    method = "" if cfg.method == "distill" else f"-{cfg.method}"
-    cfg.out = cfg.out or f"runs/{data}-{kinds}{method}"
+    seed = f"-seed{cfg.seed}" if cfg.seed else ""
+    cfg.out = cfg.out or f"runs/{data}-{kinds}{seed}"
     cfg.weights = cfg.weights or ("scratch" if cfg.data == "stripes" else "dinov2_vits14")
     scratch = cfg.weights == "scratch"
     cfg.img_size = cfg.img_size or (cfg.data_size if scratch else 224)
@@ -564,115 +857,22 @@ def resolve(cfg):
     cfg.lr = cfg.lr or (5e-3 if scratch else 1e-4)
     on_gpu = cfg.device.startswith("cuda")
     cfg.dtype = cfg.dtype or ("bfloat16" if on_gpu else "float32")
-    cfg.compile = on_gpu if cfg.compile is None else cfg.compile
+    check_device(cfg)
+    if cfg.compile is None:
+        cfg.compile = on_gpu and can_compile(cfg.device)
+    elif cfg.compile and not can_compile(cfg.device):
+        raise UserError("--compile needs a C compiler, and on a GPU Triton: try --no-compile")
     if cfg.batch_size % WORLD:
         raise UserError(f"--batch-size {cfg.batch_size} is not a multiple of {WORLD} processes")
-    if scratch and (cfg.img_size % 8 or cfg.scratch[0] % 64):
-        raise UserError("--img-size has to be a multiple of 8, --scratch's width of 64")
-    try:  # the device, and every distortion's own limits
-        if cfg.device == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)
-        black = torch.zeros(1, 3, cfg.data_size, cfg.data_size, device=cfg.device)
-        distort(black, clean=cfg.clean, **severities_of(cfg))
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"on {cfg.device}: {error!r:.300}") from error
-
-def say(text):
-    if RANK == 0:
-        print(text, flush=True)
-
-def save(content, path):
-    """torch.save that leaves path whole or as it was."""
-    torch.save(content, f"{path}.part")
-    os.replace(f"{path}.part", path)
-
-def read_checkpoint(cfg):
-    """The last checkpoint of the run in --out, which has to have the same options."""
-    checkpoint = torch.load(f"{cfg.out}/last.pt", map_location="cpu", weights_only=True)
-    for name, value in vars(cfg).items():
-        old = checkpoint.get("config", {}).get(name)
-        if old != value and name not in ("out", "root", "device", "workers", "compile"):
-            raise UserError(f"--out {cfg.out} holds a run with {name} {old}, not {value}")
-    return checkpoint
-
-def make_teacher(weights, data, num_classes, cfg):
-    """The pretrained teacher, or a small one with an 8 by 8 grid, trained here with labels."""
-    if weights != "scratch":
-        return load_vit(weights, cfg.img_size).to(cfg.device)
-    width, depth = cfg.scratch
-    teacher = ViT(cfg.img_size, cfg.img_size // 8, width, depth, num_heads=width // 64)
-    objective = Objective("supervised", teacher, None, num_classes, cfg).to(cfg.device)
-    lr = 0.128 / width  # 2e-3 at 64; at the student's 5e-3 attention gets too sharp to distil
-    for row, _ in train(objective, data, cfg, cfg.pretrain_epochs, lr, severities={}):
-        say(f"teacher: {json.dumps(row)}")
-    return teacher
-
-def run(cfg, checkpoint):
-    os.makedirs(cfg.out, exist_ok=True)
-    if LOCAL_RANK > 0:  # a machine's first process downloads data, the others wait
-        dist.barrier()
-    data, (test_images, _), classes = load_data(cfg)
-    if LOCAL_RANK == 0 and WORLD > 1:
-        dist.barrier()
-    if cfg.batch_size > len(data[0]):
-        raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(data[0])} images")
-    torch.manual_seed(cfg.seed)
-    weights = f"{cfg.out}/teacher.pth" if checkpoint else cfg.weights
-    teacher = make_teacher(weights, data, len(classes), cfg)
-    if RANK == 0 and not checkpoint:
-        Path(cfg.out, "config.json").write_text(json.dumps(vars(cfg), indent=1))
-        save(teacher.state_dict(), f"{cfg.out}/teacher.pth")
-    student = copy.deepcopy(teacher)  # before the teacher is frozen
-    teacher.requires_grad_(False)
-    vits = {"teacher": teacher, "student": student}
-    objective = Objective(cfg.method, student, teacher, len(classes), cfg).to(cfg.device)
-    severities = severities_of(cfg)
-    log = checkpoint["log"] if checkpoint else []
-    for row, state in train(objective, data, cfg, cfg.epochs, cfg.lr, severities, checkpoint):
-        _, distances = compare(vits, test_images[:500], cfg, severities, cfg.one_of)
-        log.append({**row, **distances})
-        say(json.dumps(log[-1]))
-        if not all(math.isfinite(value) for value in log[-1].values()):
-            raise UserError("the last row is not finite: lower --lr, with another --out")
-        if RANK == 0:
-            Path(cfg.out, "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
-            save(student.state_dict(), f"{cfg.out}/student.pth")
-            save({**state, "config": vars(cfg), "log": log}, f"{cfg.out}/last.pt")
 
 def main():
-    parser = make_parser("%(prog)s [options]", __doc__)
-    add = parser.add_argument
-    add("--weights", help="a name, a file or scratch [dinov2_vits14; of stripes scratch]")
-    add("--scratch", type=positive_int, nargs=2, default=[64, 4], metavar=("WIDTH", "DEPTH"),
-        help="of a scratch teacher, which is first trained with labels [64 4]")
-    add("--img-size", type=positive_int, help="side for the ViT [224; of scratch the data size]")
-    for name, (function, _) in DISTORTIONS.items():
-        add(f"--{name}", type=float, nargs="+", help=f"{function.__doc__}, or a range [0]")
-    add("--one-of", action="store_true", help="one distortion an image, not all")
-    add("--clean", type=float, help="share of images that stay clean [0]. Without a distortion: "
-        "--blur 0 1.5 (per 32 pixels) --noise 0 0.4 --mask 0 0.6 --one-of --clean 0.2")
-    add("--method", default="distill", choices=["distill", "contrastive", "supervised"])
-    add("--loss-weights", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("G", "P", "A"),
-        help="of the global, the patch and the attention term [1 1 1]")
-    add("--attn-blocks", type=positive_int, default=1, help="last blocks of that term [1]")
-    add("--epochs", type=positive_int, default=5, help="[5]")
-    add("--pretrain-epochs", type=positive_int, default=2, help="of a scratch teacher [2]")
-    add("--lr", type=float, help="highest learning rate of the student [1e-4; scratch 5e-3]")
-    add("--compile", action=argparse.BooleanOptionalAction, help="[cuda: on, else off]")
-    add("--out", help="run folder; the same command goes on there [runs/<data>-<distortions>]")
+    parser = make_parser()
     cfg = parser.parse_args()
     try:
-        resolve(cfg)
-        checkpoint = read_checkpoint(cfg) if os.path.exists(f"{cfg.out}/last.pt") else None
-        if WORLD > 1:
-            day = datetime.timedelta(days=1)  # a download may be long
-            dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=day)
-        if checkpoint is None or checkpoint["epoch"] < cfg.epochs:
-            say(json.dumps(vars(cfg)))
-            run(cfg, checkpoint)
-        say(f"{cfg.out} is finished; next: python eval.py {cfg.out}")
+        fill_in(cfg)
+        run(cfg)
     except (UserError, OSError) as error:
-        parser.error(str(error).splitlines()[-1])  # a worker's begins with its traceback
+        parser.error((str(error) or repr(error)).splitlines()[-1])  # a worker's has its traceback
     if WORLD > 1:
         dist.destroy_process_group()
 

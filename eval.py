@@ -1,28 +1,32 @@
 # SPDX-License-Identifier: MIT
 """Evaluate a run of distill.py: what distortions cost its teacher and what its student wins back,
-also of kinds never trained on. Prints a table; writes results.json and attention.png into the run.
+also of kinds never trained on. Prints a table; writes results.json and patches.png into the run.
 
     python eval.py runs/cifar10-noise0.1 [--pictures a.jpg b.jpg] [--test bad/fog bad/rain]
 """
+import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Subset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import distill
 
-# ---- The linear probe ----------------------------------------------------------------------------
 
+# ---- The linear probe ----------------------------------------------------------------------------
 @torch.inference_mode(False)  # to learn also where the caller has turned gradients off
 def fit_probe(x, y):
     """Multinomial logistic regression of labels y [n] on features x [n, D], as a function from
     features [m, D] to labels [m]. x is standardized; L-BFGS minimizes cross-entropy + strength *
-    |weight|^2, with the best of six strengths on a held-out fifth. ValueError for unfit x or y.
+    |weight|^2, with the best of six strengths on a held-out fifth, the strongest if several are.
+    Raises ValueError for x that is not finite or not as long as y.
     """
     x = torch.as_tensor(x).detach().float()
     if len(x) != len(y) or not x.isfinite().all():
@@ -31,36 +35,42 @@ def fit_probe(x, y):
     std = x.std(dim=0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # a constant feature counts as 0
     classes, y = torch.as_tensor(y).to(x.device).unique(return_inverse=True)  # y indexes classes
+    normal = (x - mean) / std
+    variance, axes = torch.linalg.eigh(normal.T @ normal / len(x))
+    scale = (variance.clamp(min=0) + 0.1).rsqrt()
 
-    def standardize(x):
-        return F.pad((x - mean) / std, (0, 1), value=1.0)  # [n, D + 1], the last for the bias
+    def transform(x):  # [n, D + 1]: along scaled principal axes, which spares L-BFGS most steps
+        return F.pad((x - mean) / std @ (axes * scale), (0, 1), value=1.0)  # the last for the bias
 
-    def fit(x, y, strength):
-        weight = torch.zeros(x.shape[1], len(classes), device=x.device, requires_grad=True)
-        optimizer = torch.optim.LBFGS(
-            [weight], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe")
+    def fit(x, y, strength, weight):
+        """The best weight [D + 1, classes] for one strength, looked for from the given one on."""
+        weight = weight.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([weight], max_iter=300, history_size=10,
+                                      tolerance_change=1e-6, line_search_fn="strong_wolfe")
         def loss():
             optimizer.zero_grad()
-            value = F.cross_entropy(x @ weight, y) + strength * weight[:-1].square().sum()
+            penalty = (weight[:-1] * scale[:, None]).square().sum()  # of the unscaled weight
+            value = F.cross_entropy(x @ weight, y) + strength * penalty
             value.backward()
             return value
         optimizer.step(loss)
         return weight.detach()
 
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(x.device)
-    x = standardize(x)[order]
+    x = transform(x)[order]
     y = y[order]
     fifth = len(y) // 5
     strengths = [1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5]
+    weight = torch.zeros(x.shape[1], len(classes), device=x.device)
     right = []
-    for strength in strengths:
-        weight = fit(x[fifth:], y[fifth:], strength)
+    for strength in strengths:  # each from the one before on
+        weight = fit(x[fifth:], y[fifth:], strength, weight)
         right.append(((x[:fifth] @ weight).argmax(dim=1) == y[:fifth]).sum().item())
-    weight = fit(x, y, strengths[np.argmax(right)])  # of equals the first, the strongest
+    weight = fit(x, y, strengths[np.argmax(right)], weight)
 
     def predict(x):
         x = torch.as_tensor(x).to(mean)  # its device and dtype
-        return classes[(standardize(x) @ weight).argmax(dim=1)]
+        return classes[(transform(x) @ weight).argmax(dim=1)]
     return predict
 
 def accuracy(predict, x, y):
@@ -72,119 +82,172 @@ def linear_probe(train_x, train_y, test_x, test_y):
     return accuracy(fit_probe(train_x, train_y), test_x, test_y)
 
 # ---- The table -----------------------------------------------------------------------------------
-def tested_on(size):
-    """What every run is tested on; blur is in pixels of images of this size."""
-    scale = size / 32
-    return [
-        {"blur": 1.4 * scale}, {"blur": 2 * scale},
-        {"noise": 0.15}, {"noise": 0.3},
-        {"mask": 0.25}, {"mask": 0.5},
-        {"salt": 0.1}, {"contrast": 0.7},
-        {"blur": 0.7 * scale, "noise": 0.1, "mask": 0.2},
-    ]
+COLUMNS = [*distill.TERMS, "probe", "clean_probe", "recovered"]
 
-def evaluate(cfg, vits, data):
-    """The rows of results.json, for the data of distill.load_data and for --test."""
-    (images, labels), (test_images, test_labels), classes = data
-    images = images[:cfg.labels]
-    labels = labels[:cfg.labels]
-    tests = {folder: distill.open_folder(folder, cfg) for folder in cfg.test}
-    unknown = {name for dataset in tests.values() for name in dataset.classes} - set(classes)
+def kinds_of(cfg):
+    """What a run is tested on, as (severities, one_of): clean images, what it was trained on, and
+    the same for every run; blur is in pixels, which grows with the images.
+    """
+    scale = cfg.data_size / 32
+    fixed = [{"blur": 1.4 * scale}, {"blur": 2 * scale}, {"noise": 0.15}, {"noise": 0.3},
+             {"mask": 0.25}, {"mask": 0.5}, {"salt": 0.1}, {"contrast": 0.7},
+             {"blur": 0.7 * scale, "noise": 0.1, "mask": 0.2}]
+    return [({}, False), (cfg.severities, cfg.one_of), *((kind, False) for kind in fixed)]
+
+def open_test(folder, cfg, classes):
+    """Images of a folder of class folders, of those classes that the run's data have."""
+    dataset = distill.Folder(folder, distill.square(cfg.data_size))
+    known = [i for i, label in enumerate(dataset.targets) if dataset.classes[label] in classes]
+    unknown = set(dataset.classes) - set(classes)
+    if not known or len(classes) == 1:
+        raise distill.UserError(f"--test {folder} shares no classes to tell apart with {cfg.data}")
     if unknown:
-        raise distill.UserError(f"--test has classes {sorted(unknown)}, which {cfg.data} has not")
-    trained = distill.severities_of(cfg)
-    rows = []
-    for severities in tqdm([{}, trained, *tested_on(cfg.data_size)], "evaluating", disable=None):
-        one_of = cfg.one_of and severities is trained
-        x, _ = distill.compare(vits, images, cfg, severities, one_of, cfg.seed)
-        test_x, row = distill.compare(vits, test_images, cfg, severities, one_of, cfg.seed + 1)
-        probes = {who: fit_probe(x[who], labels) for who in vits}
-        if not rows:  # the first row is clean
-            clean_probe = probes["teacher"]
-        for who in vits:
-            row[f"probe_{who}"] = accuracy(probes[who], test_x[who], test_labels)
-            row[f"clean_probe_{who}"] = accuracy(clean_probe, test_x[who], test_labels)
-        name = distill.describe(severities, one_of)
-        rows.append({"distortion": name, "trained": severities is trained, **row})
-        lost = rows[0]["probe_teacher"] - row["probe_teacher"]
-        won = row["probe_student"] - row["probe_teacher"]
-        rows[-1]["recovered"] = won / lost if round(lost, 4) >= 0.01 else None
-    for folder, dataset in tests.items():
-        images, labels = distill.read_split(dataset, cfg)
-        labels = torch.tensor([classes.index(name) for name in dataset.classes])[labels]
-        x, _ = distill.compare(vits, images, cfg, {})
-        row = {f"clean_probe_{who}": accuracy(clean_probe, x[who], labels) for who in vits}
-        rows.append({"distortion": folder, "trained": False, **row})
-    return rows
+        print(f"{folder}: {len(unknown)} classes are left out, which {cfg.data} has not")
+    known = np.random.default_rng(0).permutation(known)[:cfg.max_images]
+    return Subset(dataset, known.tolist())
 
-def print_table(rows):
-    columns = ["global", "patch", "attn", "probe", "clean_probe", "recovered"]
-    width = max(len(row["distortion"]) for row in rows)
-    print("teacher > student".ljust(width), *(f"{name:>13}" for name in columns))
-    for row in rows:
-        cells = []
-        for name in columns:
-            keys = (f"{name}_teacher", f"{name}_student", name)  # a pair of figures, or one
-            values = [f"{row[key]:.3f}" for key in keys if row.get(key) is not None]
-            cells.append(" > ".join(values))
-        print(f"{row['distortion']:{width}}", *(f"{cell:>13}" for cell in cells))
+def evaluate(cfg, vits, train_set, test_set, classes, tests):
+    """Yields the rows of results.json; those of tests, {folder: data set}, come last."""
+    def show(dataset, kinds, **more):
+        loader = distill.make_loader(dataset, cfg, cfg.batch_size)
+        bar = tqdm(loader, "evaluating", unit_scale=cfg.batch_size, **distill.BAR)
+        return distill.compare(vits, bar, cfg, kinds, **more)
+    kinds = kinds_of(cfg)
+    labels, found = show(test_set, kinds, seed=2 * cfg.seed + 1)
+    if len(classes) > 1:
+        train_set = Subset(train_set, range(len(train_set))[:cfg.labels])
+        train_labels, train = show(train_set, kinds, seed=2 * cfg.seed, with_distances=False)
+        clean_probe = fit_probe(train[0]["teacher"], train_labels)
+        clean_accuracy = accuracy(clean_probe, found[0]["teacher"], labels)
+    for i, kind in enumerate(kinds):
+        row = {"distortion": distill.describe(*kind), "trained": i == 1}
+        row |= {name: x.mean().item() for name, x in found[i].items() if name not in vits}
+        if len(classes) > 1:
+            for who in vits:
+                probe = fit_probe(train[i][who], train_labels)
+                row[f"probe_{who}"] = accuracy(probe, found[i][who], labels)
+                row[f"clean_probe_{who}"] = accuracy(clean_probe, found[i][who], labels)
+            lost = clean_accuracy - row["probe_teacher"]
+            won = row["probe_student"] - row["probe_teacher"]
+            row["recovered"] = won / lost if round(lost, 4) >= 0.01 else None
+        yield row
+    for folder, dataset in tests.items():
+        labels, [row] = show(dataset, [({}, False)], with_distances=False)
+        names = dataset.dataset.classes
+        labels = torch.tensor([classes.index(names[label]) for label in labels])
+        right = {f"clean_probe_{who}": accuracy(clean_probe, row[who], labels) for who in vits}
+        yield {"distortion": folder, "trained": False, **right}
+
+def table_line(row, width):
+    cells = []
+    for name in COLUMNS:
+        keys = (f"{name}_teacher", f"{name}_student", name)  # a pair of figures, or one
+        values = [round(row[key], 3) + 0.0 for key in keys if row.get(key) is not None]
+        cells.append(" -> ".join(f"{value:.3f}" for value in values).rjust(14))
+    return " ".join([row["distortion"].ljust(width), *cells])
 
 # ---- The picture ---------------------------------------------------------------------------------
 @torch.inference_mode()
-def draw_attention(path, cfg, vits, images):
+def draw_patches(path, cfg, vits, images):
     """Save a picture with a row for each of images, uint8 [n, 3, S, S]: clean, distorted at the
-    highest severity, and three times, in red, where the last block's global token looks.
+    highest severity (of one kind after the other, where each image gets one), and three times the
+    patch features: the teacher's at the clean image, the teacher's and the student's at the
+    distorted one. Red, green and blue are the first three principal components of the first.
     """
-    clean = images.to(cfg.device) / 255
-    strongest = {name: np.max(value).item() for name, value in distill.severities_of(cfg).items()}
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    distorted = distill.distort(clean, generator, cfg.one_of, **strongest)
-    grey = clean.mean(dim=1, keepdim=True) / 2
-    cells = [clean, distorted]
-    for who, shown in (("teacher", clean), ("teacher", distorted), ("student", distorted)):
-        attn = vits[who](distill.prepare(shown, cfg.img_size), attn_blocks=1).attn[0]
-        heat = attn[:, :, 0, 1 + vits[who].num_registers:].mean(dim=1)  # over heads: [n, N]
-        heat = heat / heat.amax(dim=1, keepdim=True)
-        heat = heat.unflatten(1, (1, math.isqrt(heat.shape[1]), -1))
-        heat = F.interpolate(heat, cfg.data_size, mode="bilinear")  # [n, 1, S, S]
-        cells.append(torch.cat([heat, grey, grey], dim=1))
-    picture = make_grid(torch.stack(cells, dim=1).flatten(0, 1), nrow=5, pad_value=1)
+    strongest = {name: float(np.max(value)) for name, value in cfg.severities.items()}
+    def patches_of(who, image):
+        image = distill.prepare(image, cfg.picture_size, cfg.mean, cfg.std)
+        return vits[who](image).patches[0].float().cpu()  # [N, D]
+    cells = []
+    for i, image in enumerate(images):
+        clean = image[None].to(cfg.device) / 255
+        kind = list(strongest)[i % len(strongest)]
+        severities = {kind: strongest[kind]} if cfg.one_of else strongest
+        distorted = distill.distort(clean, generator, **severities)
+        target = patches_of("teacher", clean)
+        mean = target.mean(dim=0)
+        axes = torch.linalg.svd(target - mean, full_matrices=False).Vh[:3].T  # [D, 3]
+        deviation = ((target - mean) @ axes).std(dim=0)
+        cells += [clean.cpu(), distorted.cpu()]
+        for patches in (target, patches_of("teacher", distorted), patches_of("student", distorted)):
+            colours = 0.5 + (patches - mean) @ axes / (4 * deviation)  # 1 is two deviations away
+            side = math.isqrt(len(colours))
+            colours = colours.clamp(0, 1).T.unflatten(1, (side, side))[None]  # [1, 3, side, side]
+            cells.append(F.interpolate(colours, cfg.data_size))
+    picture = make_grid(torch.cat(cells), nrow=5, pad_value=1)
     save_image(F.interpolate(picture[None], scale_factor=160 // cfg.data_size + 1), path)
-    print(f"{path}: clean, distorted, teacher at clean, teacher at distorted, student at distorted")
+    print(f"{path}: clean, distorted, patches of the teacher at clean, of the teacher and of the "
+          "student at distorted")
 
 # ---- The command line ----------------------------------------------------------------------------
-def main():
-    parser = distill.make_parser("%(prog)s RUN [options]", __doc__)
+def make_parser():
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s RUN [options]", description=__doc__.split("\n\n")[0],
+        argument_default=argparse.SUPPRESS)
+    count = distill.at_least(1)
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a run of distill.py, whose options are the defaults")
-    add("--pictures", nargs="+", default=[], metavar="FILE", help="only draw these images")
-    add("--test", nargs="+", default=[], metavar="FOLDER", help="distorted images, by class")
-    add("--labels", type=distill.positive_int, help="training images that the probes see [all]")
-    run = parser.parse_args().run
+    add("--pictures", nargs="+", metavar="FILE", help="only draw these images' patches")
+    add("--img-size", dest="picture_size", type=count, help="side in pixels for the picture's ViT")
+    add("--test", nargs="+", metavar="FOLDER", help="distorted images, by class: a row each")
+    add("--labels", type=count, help="training images that the probes see [all that are read]")
+    add("--max-images", type=count, help="of either split [the run's, 1000 at most]")
+    add("--seed", type=distill.at_least(0), help="of the distortions [0]")
+    add("--results", help="[RUN/results.json]")
+    for name in ("data", "root", "device"):
+        add(f"--{name}")
+    add("--dtype", choices=["float32", "bfloat16"])
+    add("--batch-size", type=count)
+    add("--workers", type=distill.at_least(0))
+    return parser
+
+def read_run(typed):
+    """The options of an evaluation: those typed, else the run's."""
+    run = Path(typed.run)
+    if not (run / "student.pth").exists():
+        raise distill.UserError(f"{run} is no run of distill.py that has finished an epoch")
+    config = json.loads((run / "config.json").read_text())
+    defaults = {"pictures": [], "test": [], "labels": None, "seed": 0,
+                "picture_size": config["img_size"], "results": f"{run}/results.json",
+                "max_images": min(1000, config["max_images"] or 1000)}
+    cfg = argparse.Namespace(**{**config, **defaults, **vars(typed)})
+    cfg.epoch = len((run / "log.jsonl").read_text().splitlines())
+    print(f"{run}: the student after epoch {cfg.epoch} of {cfg.epochs}")
+    distill.check_device(cfg)
+    return cfg
+
+def main():
+    parser = make_parser()
     try:
-        if not Path(run, "last.pt").exists():
-            raise distill.UserError(f"{run} is no run of distill.py that has finished an epoch")
-        config = json.loads(Path(run, "config.json").read_text())
-        parser.set_defaults(**{**config, "seed": 0})  # runs of one batch size are distorted alike
-        cfg = parser.parse_args()  # what was not typed is now as in the run
-        distill.resolve(cfg)
-        if cfg.data == "stripes" and cfg.max_images is None:
-            cfg.max_images = 1000
-        vits = {who: distill.load_vit(f"{run}/{who}.pth", cfg.img_size).to(cfg.device)
-                for who in ("teacher", "student")}
-        if cfg.pictures:
-            square = distill.square(cfg.data_size)
-            images = torch.stack([square(distill.read_image(path)) for path in cfg.pictures])
-        else:
-            data = distill.load_data(cfg)
-            rows = evaluate(cfg, vits, data)
-            results = json.dumps({"config": vars(cfg), "rows": rows}, indent=1)
-            Path(run, "results.json").write_text(results)
-            print_table(rows)
-            images = data[1][0][:6]
-        draw_attention(f"{run}/attention.png", cfg, vits, images)
+        cfg = read_run(parser.parse_args())
+        def load(size):
+            vits = {}
+            for who in ("teacher", "student"):
+                vit = distill.load_vit(f"{cfg.run}/{who}.pth", size, cfg.num_heads)
+                vits[who] = vit.to(cfg.device)
+            return vits
+        square = distill.square(cfg.data_size)
+        images = [square(distill.read_image(path)) for path in cfg.pictures]
+        if not images:
+            *splits, classes = distill.load_data(cfg)
+            tests = {folder: open_test(folder, cfg, classes) for folder in cfg.test}
+            names = [distill.describe(*kind) for kind in kinds_of(cfg)] + cfg.test
+            width = max(map(len, names))
+            if os.path.exists(cfg.results):
+                print(f"{cfg.results} is replaced")
+            print("teacher -> student".ljust(width), *(name.rjust(14) for name in COLUMNS))
+            rows = []
+            for row in evaluate(cfg, load(cfg.img_size), *splits, classes, tests):
+                rows.append(row)
+                print(table_line(row, width), flush=True)
+                content = {"config": vars(cfg), "epoch": cfg.epoch, "rows": rows}
+                Path(f"{cfg.results}.part").write_text(json.dumps(content, indent=1))
+                os.replace(f"{cfg.results}.part", cfg.results)
+            images = [image for image, _ in Subset(splits[1], range(6))]
+        draw_patches(f"{cfg.run}/patches.png", cfg, load(cfg.picture_size), images)
     except (distill.UserError, OSError) as error:
-        parser.error(str(error).splitlines()[-1])
+        parser.error((str(error) or repr(error)).splitlines()[-1])
 
 if __name__ == "__main__":
     main()

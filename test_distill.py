@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
+import argparse
 import ast
+import copy
 import json
 import os
 import pickle
@@ -16,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torchvision import datasets
 from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.transforms.functional import gaussian_blur
@@ -24,6 +27,7 @@ import distill
 import eval as evaluation
 
 HERE = Path(__file__).parent
+MEAN_STD = (distill.IMAGENET_MEAN, distill.IMAGENET_STD)
 
 # ---- Helpers -------------------------------------------------------------------------------------
 def small_vit():
@@ -128,19 +132,24 @@ def test_vit_agrees_with_torchvision(tmp_path):
         assert close(found.cls.float(), tokens[:, 0], 0.05)
         assert found.attn[0].dtype == torch.float32
 
-@pytest.mark.parametrize("name, registers", [
-    ("vit_small_patch14_dinov2", 0), ("vit_small_patch14_reg4_dinov2", 4)])
-def test_vit_agrees_with_timm(name, registers, tmp_path):
+@pytest.mark.parametrize("name, registers, heads", [
+    ("vit_small_patch14_dinov2", 0, None), ("vit_small_patch14_reg4_dinov2", 4, None),
+    ("vit_tiny_patch16_224", 0, None), ("vit_large_patch14_224", 0, None),
+    ("vit_huge_patch14_224", 0, None), ("vit_giant_patch14_224", 0, None),
+    ("vit_gigantic_patch14_224", 0, None), ("vit_small_patch16_224", 0, 12)])
+def test_vit_agrees_with_timm(name, registers, heads, tmp_path):
     timm = pytest.importorskip("timm")
-    theirs = timm.create_model(name, img_size=28, depth=2, num_classes=0).eval()
+    side = 28 if "14" in name else 32
+    more = {"num_heads": heads} if heads else {}
+    theirs = timm.create_model(name, img_size=side, depth=1, num_classes=0, **more).eval()
     randomize(theirs)
     state = {**theirs.state_dict(), "mask_token": torch.ones(1), "head.weight": torch.ones(1)}
     if registers:  # the README's rename, the other way round
         state["register_tokens"] = state.pop("reg_token")
         state["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), state["pos_embed"]], dim=1)
     torch.save({"model": state, "epoch": 3}, tmp_path / "w.pth")
-    ours = distill.load_vit(tmp_path / "w.pth", 28)
-    images = torch.randn(2, 3, 28, 28)
+    ours = distill.load_vit(tmp_path / "w.pth", side, heads)
+    images = torch.randn(2, 3, side, side)
     with torch.no_grad():
         tokens = theirs.forward_features(images)
         found = ours(images, attn_blocks=1)
@@ -177,29 +186,57 @@ def test_names_are_fetched_by_torch_hub(monkeypatch):
     with pytest.raises(ValueError, match="no network.*offline.*checkpoints"):
         distill.load_vit("dinov2_vits14", 16)
 
+def prefixed(prefix, seed=0):
+    state = small_vit().state_dict()
+    return {prefix + name: value + seed for name, value in state.items()}
+
+@pytest.mark.parametrize("checkpoint", [
+    prefixed("module."), prefixed("_orig_mod.module."), {"state_dict": prefixed("model.")},
+    {"student": prefixed("module.backbone.", 1), "teacher": prefixed("backbone."), "epoch": 3},
+    {"net": {"inner": prefixed("")}, "optimizer": {"state": {0: torch.ones(1)}}},
+    {"args": argparse.Namespace(lr=0.1), "model_ema": prefixed("", 1), "model": "vit",
+     "state_dict": prefixed("")} | {"model": prefixed("")},
+    {**prefixed("student.", 1), **prefixed("teacher.")},
+    {"model": {**prefixed(""), "decoder_blocks.0.norm1.weight": torch.ones(1),
+               "mask_token": torch.ones(1), "head_dist.weight": torch.ones(1)}}])
+def test_a_vit_is_found_in_checkpoints(tmp_path, checkpoint):
+    torch.save(checkpoint, tmp_path / "w.pth")
+    found = distill.load_vit(tmp_path / "w.pth", 16).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in prefixed("").items())
+
 class Attack:
     def __reduce__(self):
         return os.mkdir, ("attacked",)
 
 @pytest.mark.parametrize("key, value, message", [
     ("blocks.1.norm2.bias", None, "blocks.1.norm2.bias"), ("extra", torch.zeros(1), "extra"),
-    ("blocks.0.mlp.fc2.weight", torch.zeros(3, 3), "fc2"), ("cls_token", Attack(), "w.pth"),
+    ("dist_token", torch.zeros(1), "dist_token"), ("pos_embed", None, "pos_embed"),
+    ("pos_embed", torch.zeros(1, 4, 64), "cls"), ("norm.bias", torch.full((64,), np.nan), "NaN"),
+    ("blocks.0.mlp.fc2.weight", torch.zeros(3, 3), "fc2"), ("cls_token", Attack(), "state dict"),
+    ("path", Path("a"), "state dict"), ("blocks.0.mlp.fc1.weight", None, "fc1"),
     ("patch_embed.proj.weight", None, "patch_embed.proj.weight"),
-    ("patch_embed.proj.weight", torch.zeros(96, 3, 8, 8), "width 96")])
+    ("patch_embed.proj.weight", torch.zeros(96, 3, 8, 8), "width 96.*--num-heads")])
 def test_foreign_weights_are_refused_and_run_no_code(tmp_path, monkeypatch, key, value, message):
     monkeypatch.chdir(tmp_path)
     state = {**small_vit().state_dict(), key: value}
     torch.save({key: value for key, value in state.items() if value is not None}, "w.pth")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         distill.load_vit("w.pth", 16)
-    assert os.listdir() == ["w.pth"]
+    assert os.listdir() == ["w.pth"] and "weights_only" not in str(caught.value)
 
-def test_prepare_looks_at_both_sides_and_normalizes():
-    images = torch.rand(2, 3, 16, 8)
-    found = distill.prepare(images, 8)
-    small = F.interpolate(images, size=(8, 8), mode="bicubic", antialias=True)
-    for channel, (mean, std) in enumerate([(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]):
-        assert close(found[:, channel], (small[:, channel] - mean) / std)
+@pytest.mark.parametrize("before, after", [(32, 112), (32, 224), (64, 24)])
+def test_prepare_resizes_as_pillow_and_normalizes(before, after):
+    images = torch.rand(2, 3, before, before)
+    mean, std = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
+    found = distill.prepare(images, after, mean, std)
+    default = distill.prepare(images.double(), after)
+    for channel in range(3):
+        plane = Image.fromarray(images[1, channel].numpy()).resize((after, after), Image.BICUBIC)
+        plane = torch.tensor(np.asarray(plane))
+        assert close(found[1, channel], (plane - mean[channel]) / std[channel], 1e-5)
+        imagenet = ((0.485, 0.456, 0.406)[channel], (0.229, 0.224, 0.225)[channel])
+        assert close(default[1, channel], (plane - imagenet[0]) / imagenet[1], 1e-5)
+    assert found.dtype == default.dtype == torch.float32
 
 # ---- Distortions and losses ----------------------------------------------------------------------
 def test_blur_is_torchvisions_also_with_a_sigma_an_image():
@@ -251,9 +288,23 @@ def test_a_new_kind_is_one_function_and_one_line(monkeypatch, world, tmp_path):
         return images + severity * (1 - 2 * images)
     monkeypatch.setitem(distill.DISTORTIONS, "invert", (invert, 1))
     monkeypatch.chdir(tmp_path)
-    more = "--invert 0.2 1 --noise 0.1 --one-of --method contrastive"
-    call(distill, command(world, "''", more))  # an empty --out: the default
-    call(evaluation, "runs/images-noise0.1-or-invert0.2-1-contrastive")
+    call(distill, command(world, "''", "--invert 0.2 1 --noise 0.1 --one-of --seed 1"))
+    call(evaluation, "runs/images-noise0.1-or-invert0.2-1-seed1")  # --out was not given
+
+def test_a_new_term_is_one_name_and_one_line(world, tmp_path):
+    text = (HERE / "distill.py").read_text()
+    for old, new in (('TERMS = ("global",', 'TERMS = ("norm", "global",'),
+                     ('terms = {"global"', 'terms = {"norm": student.cls.norm(), "global"')):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "distill.py").write_text(text)
+    shutil.copy(HERE / "eval.py", tmp_path)
+    out = tmp_path / "run"
+    words = command(world, out, "--loss-weights 0.5 1 1 1 --noise 0.1")
+    for line in (f"distill.py {words}", f"eval.py {out}"):
+        subprocess.run([sys.executable, *line.split()], cwd=tmp_path, check=True)
+    row = json.loads((out / "results.json").read_text())["rows"][3]
+    assert {"norm", "norm_student"} <= log_of(out)[0].keys() and row["norm_teacher"] > 0
 
 def test_loss_is_the_formula_written_another_way():
     s = random_features(0)
@@ -270,18 +321,49 @@ def test_loss_is_the_formula_written_another_way():
     assert torch.allclose(total, weighted, atol=1e-5)
     assert all(abs(value) < 1e-6 for value in distill.distill_loss(s, s)[1].values())
     assert distill.distill_loss(s._replace(attn=()), t._replace(attn=()))[1]["attn"] == 0
-    cosines = F.cosine_similarity(s.cls[:, None], t.cls[None], dim=-1)
-    nce = -(cosines / 0.1).log_softmax(dim=1).diagonal().mean()
-    assert torch.allclose(distill.info_nce(s.cls, t.cls), nce, atol=1e-5)
     logits = (torch.randn(3, 2, 5, 5) * 300).requires_grad_()  # of maps that are all but one-hot
     one_hot = t._replace(attn=(torch.eye(5).expand(3, 2, 5, 5),))
     loss, _ = distill.distill_loss(s._replace(attn=(logits.softmax(-1),)), one_hot)
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
+    student, teacher = 20 * torch.randn(2, 3, 2, 5, 5, generator=seeded(2))  # sharp, as block 0's
+    exact = student.clone().requires_grad_()
+    target = teacher.softmax(-1)
+    kl = F.kl_div(exact.log_softmax(-1), target, reduction="none").sum(-1).mean()
+    kl.backward()
+    ours = student.clone().requires_grad_()
+    terms = distill.distill_loss(t._replace(attn=(ours.softmax(-1),)), t._replace(attn=(target,)))[1]
+    terms["attn"].backward()
+    assert close(terms["attn"], kl) and close(ours.grad, exact.grad)
+
+def test_the_method_is_a_module_that_leaves_the_teacher_alone():
+    teacher = small_vit()
+    randomize(teacher)
+    student = copy.deepcopy(teacher)
+    module = distill.Distillation(teacher, student, 16, *MEAN_STD, 2, (1, 2, 3))
+    clean = torch.rand(3, 3, 16, 16)
+    distorted = distill.distort(clean, seeded(0), noise=0.3)
+    loss, terms = module(clean, distorted, torch.zeros(3))
+    features = [vit((x - torch.tensor(MEAN_STD[0]).view(3, 1, 1))
+                    / torch.tensor(MEAN_STD[1]).view(3, 1, 1), attn_blocks=2)
+                for vit, x in ((student, distorted), (teacher, clean))]
+    expected, expected_terms = distill.distill_loss(*features, (1, 2, 3))
+    assert torch.allclose(loss, expected, atol=1e-5)
+    assert terms.keys() == expected_terms.keys() == set(distill.TERMS)
+    loss.backward()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+    classifier = distill.Classifier(small_vit(), 5, 16, *MEAN_STD)
+    labels = torch.tensor([0, 4, 2])
+    loss, terms = classifier(clean, distorted, labels)
+    logits = classifier.head(classifier.vit(distill.prepare(distorted, 16)).cls)
+    picked = logits.softmax(dim=1)[torch.arange(3), labels]
+    assert torch.allclose(loss, -picked.log().mean(), atol=1e-5) and terms == {}
 
 # ---- The pieces: what they refuse; alone; the probe ----------------------------------------------
 @pytest.mark.parametrize("bad", [
-    "ViT(15, 8, 64, 1, 1)", "small_vit()(torch.zeros(1, 3, 8, 8))", "load_vit('vit_giant', 16)",
+    "ViT(15, 8, 64, 1, 1)", "load_vit('vit_giant', 16)", "prepare((255 * images).byte(), 8)",
+    "distort((255 * images).byte(), noise=0.1)", "distort(images.long(), blur=0.1)",
     "distort(images, noise=-0.1)", "distort(images, noise=math.nan)",
     "distort(images, noise=math.inf)", "distort(images, noise=(0.5, 0.1))",
     "distort(images, noise=(1, 2, 3))", "distort(images, mask=1.1)", "distort(images, blur=4.0)",
@@ -299,7 +381,7 @@ def test_bad_arguments_are_value_errors(bad):
      "ViT(16, 8, 64, 2, 1, layer_scale=True)(torch.rand(2, 3, 16, 16), 1).attn[0]"),
     ("distill.py", " ".join(distill.DISTORTIONS) + " DISTORTIONS distort",
      "distort(torch.rand(2, 3, 16, 16), noise=(0, 0.1), blur=1.0, mask=0.3, salt=0.1, contrast=1)"),
-    ("distill.py", "Features distill_loss",
+    ("distill.py", "Features TERMS distill_loss",
      "distill_loss(*[Features(torch.rand(2, 4), torch.rand(2, 3, 4))] * 2)"),
     ("eval.py", "fit_probe", "fit_probe(torch.rand(50, 3), torch.arange(50))(torch.rand(4, 3))")])
 def test_each_piece_runs_when_cut_out(file, names, use):
@@ -350,20 +432,31 @@ def test_probe_copes_with_constants_absent_classes_few_images_and_inference_mode
 def load(**changes):
     return distill.load_data(mock.Mock(**{"max_images": None, "workers": 0, **changes}))
 
-def test_a_folder_of_all_modes(tmp_path):
+def test_a_folder_of_what_people_have(tmp_path):
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 30, 3), np.uint8))
+    sideways = Image.Exif()
+    sideways[0x112] = 6
     for split in ("train", "test"):
         folder = tmp_path / split / "a b[1]"
-        folder.mkdir(parents=True)
+        for hidden in (folder / ".thumbs", tmp_path / split / ".ipynb_checkpoints"):
+            hidden.mkdir(parents=True)
+            rgb.save(hidden / "copy.png")
         for mode in ("RGB", "L", "P", "RGBA", "CMYK", "LA"):
             rgb.convert(mode).save(folder / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
-    (images, labels), _, classes = load(data=str(tmp_path), data_size=16, workers=2)
-    assert images.dtype == torch.uint8 and labels.tolist() == [0] * 6 and classes == ["a b[1]"]
+        rgb.save(folder / "edge.JFIF", "jpeg")
+        rgb.save(folder / "1.gif")
+        rgb.rotate(90, expand=True).save(folder / "turned.webp", lossless=True, exif=sideways)
+        for name in ("._a.png", "a.pdf", "b.h5", "c.mpg", "notes.txt", "none"):
+            (folder / name).write_text("no image")
+    train, test, classes = load(data=str(tmp_path), data_size=16)
+    assert len(train) == len(test) == 9 and classes == ["a b[1]"]
     expected = np.asarray(rgb.crop((0, 10, 30, 40)).resize((16, 16)), float)
+    images = torch.stack([image for image, _ in train])
+    assert images.dtype == torch.uint8 and {label for _, label in train} == {0}
     distances = np.abs(images.permute(0, 2, 3, 1).numpy() - expected).mean((1, 2, 3))
-    assert (distances < 6).sum() >= 2  # of those in RGB and RGBA
-    part = load(data=str(tmp_path), data_size=16, max_images=3)[0][0]
-    assert torch.equal(part, images[:3])
+    assert (distances < 6).sum() >= 3  # RGB, RGBA and the one that was turned
+    part = load(data=str(tmp_path), data_size=16, max_images=3)[0]
+    assert all(torch.equal(part[i][0], train[i][0]) for i in range(3)) and len(part) == 3
 
 def test_cifar10_is_read_by_torchvision(tmp_path, monkeypatch):
     pixels = np.arange(9, dtype=np.uint8).repeat(3072).reshape(9, 3072)
@@ -375,26 +468,80 @@ def test_cifar10_is_read_by_torchvision(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *more: True)
     *splits, classes = load(data="cifar10", data_size=16, root=str(tmp_path))
     assert "".join(classes) == "abcdefghi"
-    for n, (images, labels) in zip((45, 9), splits, strict=True):
-        assert images.shape == (n, 3, 16, 16) and labels.dtype == torch.int64
-        assert torch.equal(images[:, 0, 0, 0], labels) and labels[:9].tolist() != [*range(9)]
+    for n, dataset in zip((45, 9), splits, strict=True):
+        labels = [label for _, label in dataset]
+        assert [int(image[0, 0, 0]) for image, _ in dataset] == labels and len(labels) == n
+        assert labels[:9] != [*range(9)] and dataset[0][0].shape == (3, 16, 16)
 
-# ---- Runs ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["distill", "contrastive", "supervised"])
-def test_a_run_learns_and_leaves_its_folder(world, tmp_path, method):
+@pytest.mark.parametrize("kind", ["16 bits", "planar", "half a file"])
+def test_an_unreadable_image_is_named(kind, tmp_path, capsys, world):
+    shutil.copytree(world / "images", tmp_path / "images")
+    bad = tmp_path / "images/train/class0/bad.tif"
+    Image.fromarray(np.full((9, 9), 3, np.uint16)).save(bad)
+    if kind == "planar":
+        pytest.importorskip("tifffile").imwrite(
+            bad, np.zeros((3, 9, 9), np.uint16), photometric="rgb", planarconfig="separate")
+    if kind == "half a file":
+        bad.write_bytes(bad.with_name("0.png").read_bytes()[:300])
+    more = f"--noise 0.1 --data {tmp_path}/images --batch-size 7 --workers {len(kind) % 2}"
+    assert "bad.tif" in error_of(capsys, distill, command(world, tmp_path / "run", more))
+    assert not (tmp_path / "run/config.json").exists()
+
+# ---- Training and runs ---------------------------------------------------------------------------
+def test_muon_is_the_formula_in_double_precision():
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 4)),
+              nn.Parameter(torch.randn(3, 5))]
+    expected = [p.detach().double() for p in params]
+    buffers = [torch.zeros_like(p) for p in expected]
+    optimizer = distill.Muon(params, lr=0.1)
+    for _ in range(3):
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p)
+            grad = p.grad.double()
+            buffers[i] = 0.95 * buffers[i] + 0.05 * grad
+            update = 0.05 * grad + 0.95 * buffers[i]
+            u, s, vh = torch.linalg.svd(update, full_matrices=False)
+            s = s / s.norm()
+            for _ in range(5):  # Newton-Schulz acts on singular values
+                s = 3.4445 * s - 4.775 * s ** 3 + 2.0315 * s ** 5
+            step = 0.1 * 0.2 * max(p.shape) ** 0.5 * (u * s) @ vh
+            expected[i] = (1 - 0.1 * 0.05) * expected[i] - step
+        optimizer.step()
+    assert all(close(p.double(), e, 1e-5) for p, e in zip(params, expected, strict=True))
+
+def test_train_takes_any_module_with_its_interface(world):
+    class Rotation(nn.Module):  # learns by how many quarters an image was turned
+        def __init__(self):
+            super().__init__()
+            self.classifier = distill.Classifier(small_vit(), 4, 16, *MEAN_STD)
+
+        def forward(self, clean, distorted, labels):
+            turned = torch.cat([clean.rot90(k, (2, 3)) for k in range(4)])
+            quarters = torch.arange(4).repeat_interleave(len(clean))
+            loss, _ = self.classifier(turned, turned, quarters)
+            return loss, {"rotation": loss.detach()}
+    cfg = argparse.Namespace(
+        seed=0, batch_size=8, device="cpu", dtype="float32", compile=False, workers=0,
+        one_of=False, clean=0.0, max_images=None, data=f"{world}/images", data_size=16)
+    dataset, _, _ = distill.load_data(cfg)
+    rows = list(distill.train(Rotation(), dataset, cfg, 3, 1e-3, {}))
+    assert [row["epoch"] for row, _ in rows] == [1, 2, 3]
+    assert rows[2][0]["rotation"] == rows[2][0]["loss"] < rows[0][0]["loss"]
+
+def test_a_run_learns_and_leaves_its_folder(world, tmp_path):
     out = tmp_path / "run"
-    more = f"--noise 0.3 0.6 --lr 2e-3 --epochs 40 --method {method}"
     with mock.patch.object(distill, "learning_rate", wraps=distill.learning_rate) as rate:
-        call(distill, command(world, out, more))
-    assert [request.args for request in rate.mock_calls] == [(i, 240, 2e-3) for i in range(240)]
+        call(distill, command(world, out, "--noise 0.3 0.6 --lr 2e-3 --epochs 40"))
+    steps = sorted({request.args for request in rate.mock_calls})
+    assert steps == [(i, 240, 2e-3) for i in range(240)]
     assert distill.learning_rate(0, 100, 3) == 1 and distill.learning_rate(99, 100, 3) < 1e-3
     rows = log_of(out)
     terms = ["global", "patch", "attn"]
-    keys = ["epoch", "loss", *(terms if method == "distill" else []), "images_per_s"]
-    assert list(rows[0]) == keys + [f"{t}_{who}" for who in ("teacher", "student") for t in terms]
+    assert list(rows[0]) == ["epoch", "loss", *terms, "images_per_s"] + [
+        f"{term}_{who}" for who in ("teacher", "student") for term in terms]
     assert len(rows) == 40 and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
-    assert method != "distill" or all(
-        rows[-1][f"{term}_student"] < rows[-1][f"{term}_teacher"] for term in terms)
+    assert all(rows[-1][f"{term}_student"] < rows[-1][f"{term}_teacher"] for term in terms)
     assert torch.equal(weights_of(out / "teacher.pth"), weights_of(world / "vit.pth"))
     small_vit().load_state_dict(torch.load(out / "student.pth", weights_only=True))
 
@@ -402,22 +549,28 @@ def test_evaluation_leaves_the_table_and_the_picture(world, tmp_path, capsys):
     out = tmp_path / "run"
     call(distill, command(world, out, "--noise 0.1 0.3 --mask 0.2 --clean 0.1"))
     Image.new("RGB", (50, 30), (200, 10, 10)).save(tmp_path / "own.png")
-    call(evaluation, f"{out} --pictures {tmp_path}/own.png --data none")
-    picture = np.asarray(Image.open(out / "attention.png"))
+    call(evaluation, f"{out} --pictures {tmp_path}/own.png --data none --img-size 32")
+    picture = np.asarray(Image.open(out / "patches.png"))
     assert picture.shape == (220, 1012, 3) and (picture[100, 90] == [200, 10, 10]).all()
-    for words in ("--labels 0", "--device cuda:9", "--test nowhere", f"--test {world}/odd/val"):
-        message = "lonely" if "odd" in words else words.split()[1]
-        assert message in error_of(capsys, evaluation, f"{out} {words}")
+    for words in ("--labels 0", "--device cuda:9", "--test nowhere", "--dtype int8"):
+        assert words.split()[1] in error_of(capsys, evaluation, f"{out} {words}")
     assert f"{tmp_path} is no run" in error_of(capsys, evaluation, str(tmp_path))
     assert not (out / "results.json").exists()
     for i in range(2):
         shutil.copytree(world / f"images/val/class{i}", tmp_path / f"fog/{i}/class{i}")
-    folders = [f"{tmp_path}/fog/0", f"{tmp_path}/fog/1", f"{world}/images/val"]
-    call(evaluation, f"{out} --labels 30 --test {' '.join(folders)}")
-    rows = json.loads((out / "results.json").read_text())["rows"]
+    shutil.copytree(world / "odd/val", tmp_path / "broken")
+    (tmp_path / "broken/class1/x.png").write_text("no image")
+    folders = [f"{tmp_path}/fog/0", f"{tmp_path}/fog/1", f"{world}/odd/val", f"{tmp_path}/broken"]
+    (out / "log.jsonl").write_text((out / "log.jsonl").read_text().splitlines()[0] + "\n")
+    (out / "last.pt").unlink()
+    line = error_of(capsys, evaluation, f"{out} --labels 30 --test {' '.join(folders)}")
+    assert "x.png" in line  # what was found until then is kept
+    results = json.loads((out / "results.json").read_text())
+    rows = results["rows"]
     names = [row["distortion"] for row in rows]
-    assert names[:2] == ["clean", "noise0.1-0.3+mask0.2"] and names[11:] == folders
+    assert names[:2] == ["clean", "noise0.1-0.3+mask0.2"] and names[11:] == folders[:3]
     assert [row["trained"] for row in rows] == [False, True] + [False] * 12
+    assert results["epoch"] == 1 and results["config"]["epochs"] == 2
     assert all(len(row) == 13 for row in rows[:11]) and rows[1]["attn_teacher"] > 0
     assert rows[0]["recovered"] is None and abs(rows[0]["patch_teacher"]) < 1e-6
     for row in rows[1:11]:
@@ -426,22 +579,56 @@ def test_evaluation_leaves_the_table_and_the_picture(world, tmp_path, capsys):
         assert (row["recovered"] or 0) == (pytest.approx(won / lost) if lost > 0.009 else 0)
     first, second, both = [row["clean_probe_teacher"] for row in rows[11:]]
     assert both == rows[0]["clean_probe_teacher"] == (first + second) / 2 and len(rows[11]) == 4
+    call(evaluation, f"{out} --labels 30")
+    printed = capsys.readouterr().out
+    assert "epoch 1 of 2" in printed and "is replaced" in printed and "-0.000" not in printed
+    assert json.loads((out / "results.json").read_text())["rows"] == rows[:11]
+
+def test_images_of_one_class_have_distances_and_no_probes(world, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(world / f"images/{split}/class0", tmp_path / f"one/{split}/all")
+    call(distill, command(world, tmp_path / "run", f"--noise 0.2 --data {tmp_path}/one"))
+    call(evaluation, f"{tmp_path}/run")
+    rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
+    assert len(rows) == 11 and all(len(row) == 8 for row in rows)
+
+def test_distances_are_those_of_each_image_alone(world):
+    cfg = argparse.Namespace(device="cpu", dtype="float32", img_size=16, attn_blocks=2, mean=(0.5,) * 3,
+                             std=(0.5,) * 3)
+    vits = {"teacher": small_vit(), "student": small_vit()}
+    randomize(vits["student"])
+    images = torch.randint(256, (7, 3, 16, 16), generator=seeded(0)).byte()
+    labels = torch.arange(7)
+    kinds = [({}, False), ({"contrast": 0.5}, False)]
+    batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+    found_labels, rows = distill.compare(vits, batches, cfg, kinds)
+    assert torch.equal(found_labels, labels)
+    with torch.no_grad():
+        for (severities, _), row in zip(kinds, rows, strict=True):
+            for who, vit in vits.items():
+                clean, shown = images / 255, distill.distort(images / 255, **severities)
+                x, target = [model(2 * image - 1, 2) for model, image in (
+                    (vit, shown), (vits["teacher"], clean))]
+                assert close(row[who], x.cls)
+                for term, value in distill.distill_loss(x, target)[1].items():
+                    assert torch.allclose(row[f"{term}_{who}"].mean(), value, atol=1e-5)
 
 def test_the_default_run_trains_its_teacher_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call(distill, "--max-images 64 --pretrain-epochs 1 --epochs 1 --device cpu")
     config = json.loads(Path("runs/stripes-mixture/config.json").read_text())
-    assert (config["one_of"], config["clean"], config["blur"]) == (True, 0.2, [0, 1.5])
+    severities = {"blur": [0, 1.5], "noise": [0, 0.4], "mask": [0, 0.6]}
+    assert (config["one_of"], config["clean"], config["severities"]) == (True, 0.2, severities)
     call(evaluation, "runs/stripes-mixture --max-images 60")
 
-@pytest.mark.parametrize("more", ["", "--weights scratch --method supervised --pretrain-epochs 1"])
+@pytest.mark.parametrize("more", ["", "--weights scratch --pretrain-epochs 1"])
 def test_a_killed_run_goes_on_to_the_same_bits(world, tmp_path, capsys, more):
     more += " --epochs 30 --noise 0.2 --mask 0 0.5 --one-of --clean 0.1"
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
     finish(start(command(world, whole, more)))
     last = broken / "last.pt"
-    words = command(world, broken, more)
+    words = command(world, broken, f"{more} --workers 2")  # workers outlive a killed run for a while
     for wait in (0.0, 0.02, 0.07):
         begun = last.stat().st_mtime_ns if last.exists() else 0
         process = start(words)
@@ -455,18 +642,45 @@ def test_a_killed_run_goes_on_to_the_same_bits(world, tmp_path, capsys, more):
     assert same_students(whole, broken)
     logs = [[{**row, "images_per_s": 0} for row in log_of(out)] for out in (whole, broken)]
     assert logs[0] == logs[1] and len(logs[0]) == 30
+    shutil.copy(world / "vit.pth", broken / "student.pth")  # as if stopped before it was written
     call(distill, words)
-    assert f"{broken} is finished" in capsys.readouterr().out
+    assert f"{broken} is finished" in capsys.readouterr().out and same_students(whole, broken)
     assert "seed 0, not 1" in error_of(capsys, distill, f"{words} --seed 1")
+    last.write_bytes(last.read_bytes()[:1000])
+    assert "last.pt is damaged" in error_of(capsys, distill, words)
+    last.unlink()
+    assert "no last.pt" in error_of(capsys, distill, words) and same_students(whole, broken)
+
+def test_a_folder_is_one_runs_at_a_time(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = command(world, out, "--noise 0.2 --epochs 400")
+    process = start(words)
+    while not (out / "config.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert "another process" in error_of(capsys, distill, words)
+    process.kill()
+    process.wait()
+    (out / "last.pt").unlink(missing_ok=True)
+    (out / "student.pth").unlink(missing_ok=True)
+    assert "epochs 400, not 2" in error_of(capsys, distill, f"{words} --epochs 2")
+    with mock.patch.object(distill, "train", side_effect=KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            call(distill, words)
+    call(distill, f"{words} --epochs 2")  # the claim was taken away
+
+LAUNCHER = "-m torch.distributed.run --standalone --nproc-per-node 2"
 
 def test_two_processes_end_where_one_does(world, tmp_path):
     more = "--blur 1.0 --contrast 0.5 --lr 1e-3"
     finish(start(command(world, tmp_path / "one", more)))
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    finish(start(command(world, tmp_path / "two", more), launcher))
+    finish(start(command(world, tmp_path / "two", more), LAUNCHER))
     one, two = [weights_of(tmp_path / name / "student.pth") for name in ("one", "two")]
     assert (one - two).norm() < 0.05 * (one - weights_of(world / "vit.pth")).norm()
     assert np.ptp([log_of(tmp_path / name)[-1]["loss"] for name in ("one", "two")]) < 1e-4
+    process = start(command(world, tmp_path / "one", f"{more} --seed 3"), LAUNCHER)
+    output, _ = process.communicate(timeout=300)
+    assert output.count("error: ") == 1 and "seed 0, not 3" in output
 
 def test_a_compiled_run_is_one_graph_and_ends_like_an_eager_one(world, tmp_path, monkeypatch):
     torch_compile = torch.compile
@@ -476,7 +690,7 @@ def test_a_compiled_run_is_one_graph_and_ends_like_an_eager_one(world, tmp_path,
     for name in ("no-compile", "compile"):
         more = f"--noise 0.2 --epochs 4 --batch-size 10 --{name}"
         call(distill, command(world, tmp_path / name, more))
-    assert backend.call_count == 1  # whole, and not compiled again
+    assert backend.call_count == 2  # a trial, then the whole: never compiled again
     assert same_students(tmp_path / "no-compile", tmp_path / "compile")
 
 # ---- What goes wrong -----------------------------------------------------------------------------
@@ -485,8 +699,9 @@ BAD = (  # options / what the message says
     "--batch-size 1000/--batch-size, --epochs 0/--epochs, --pretrain-epochs 0/--pretrain-epochs, "
     "--max-images 0/--max-images, --attn-blocks 3/--attn-blocks, --attn-blocks 0/--attn-blocks, "
     "--weights vit_giant/vit_giant, --weights {tmp}/{tmp}, --weights {text}/{text}, "
-    "--weights scratch --scratch 96 4/--scratch, --weights scratch --img-size 20/--img-size, "
-    "--img-size 20/img_size=20, --data nowhere/nowhere, --data {tmp}/{tmp}, "
+    "--weights scratch --img-size 20/--img-size, --img-size 20/img_size=20, "
+    "--num-heads 3/width 64, --seed -1/--seed, --workers -1/--workers, --lr 0/--lr, "
+    "--std 1 0 1/--std, --data nowhere/nowhere, --data {tmp}/{tmp}, "
     "--data {odd}/lonely, --out {text}/{text}, --noise -1/noise, --blur 8/blur, "
     "--mask 0.5 1.1/mask, --clean 1.5/clean, --noise 1 2 3/shape, --lr 1e9/not finite, "
     "--device cuda:99/cuda:99, --device abacus/abacus, --data-size 1000000/memory").split(", ")
@@ -499,18 +714,7 @@ def test_bad_options_end_in_one_line(case, world, tmp_path, capsys):
     places = {"tmp": tmp_path, "text": text, "odd": world / "odd"}
     words = command(world, tmp_path / "run", f"--noise 0.1 {more.format(**places)}")
     assert message.format(**places) in error_of(capsys, distill, words)
-    assert text.read_text() == "hello" and not (tmp_path / "run" / "last.pt").exists()
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("kind", ["16 bits", "half a file"])
-def test_an_unreadable_image_is_named(kind, workers, tmp_path, capsys, world):
-    shutil.copytree(world / "images", tmp_path / "images")
-    bad = tmp_path / "images/train/class0/bad.tif"
-    Image.fromarray(np.full((9, 9), 3, np.uint16)).save(bad)
-    if kind == "half a file":
-        bad.write_bytes(bad.with_name("0.png").read_bytes()[:300])
-    more = f"--noise 0.1 --data {tmp_path}/images --workers {workers}"
-    assert "bad.tif" in error_of(capsys, distill, command(world, tmp_path / "run", more))
+    assert text.read_text() == "hello" and not list(tmp_path.glob("run/config.json"))
 
 @pytest.mark.parametrize("data, module", [("cifar100", "cifar"), ("stl10", "stl10")])
 def test_a_missing_network_is_an_error(data, module, tmp_path, monkeypatch, capsys):
@@ -518,3 +722,15 @@ def test_a_missing_network_is_an_error(data, module, tmp_path, monkeypatch, caps
     monkeypatch.setattr(getattr(datasets, module), "download_and_extract_archive", offline)
     words = f"--data {data} --root {tmp_path}/here --device cpu --out {tmp_path}/run"
     assert "no network" in error_of(capsys, distill, words)
+
+def test_without_a_compiler_the_message_says_what_to_do(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no compiler")))
+    words = command(world, tmp_path / "run", "--noise 0.2 --compile")
+    assert "--no-compile" in error_of(capsys, distill, words)
+
+def test_emulated_bfloat16_is_said(world, tmp_path, monkeypatch, capsys):
+    for emulated in (False, True):
+        monkeypatch.setattr(distill.Attention, "bfloat16_is_emulated", emulated)
+        words = command(world, tmp_path / f"run{emulated}", "--noise 0.2 --dtype bfloat16")
+        call(distill, words)
+        assert ("emulates" in capsys.readouterr().out) == emulated
