@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Asymmetric multi-level distillation (arXiv 2604.22529): Vision Transformers that see through
-noise, blur and missing pixels. A frozen teacher sees clean images; a student that starts from the
-same weights sees distorted copies and learns, without labels, to give the teacher's global
-embedding, patch features and attention maps.
+"""Asymmetric multi-level distillation (arXiv 2604.22529): a frozen Vision Transformer sees clean
+images; a student that starts from the same weights sees distorted copies and learns, without
+labels, to give the teacher's global embedding, patch features and attention maps.
 
     python distill.py                               draws images, trains its own teacher first
-    python eval.py runs/stripes-mixture             distorted: teacher 79%, student 94% (CPU, 2026)
+    python eval.py runs/stripes-mixture             distorted: teacher 77%, student 96% (means of
+                                                    4 seeds, 103 s on one CPU core, 2026)
     python distill.py --data cifar10 --noise 0.1    downloads CIFAR-10 and DINOv2's ViT-S/14
 
-Shapes: B images, N patches, T = 1 + registers + N tokens, D an embedding's width, S the side in
-pixels at which images are held and distorted.
+Shapes: B images, N patches, T = 1 + registers + N tokens, width D, S pixels a side when distorted.
 """
 import argparse
 import copy
@@ -32,17 +31,10 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-# Set by torchrun: this process's number, its number on this machine, how many there are.
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-# The first process shows bars that count images, unless output is redirected (None).
-BAR = {"unit": " images", "disable": True if RANK > 0 else None}
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun: this process's number,
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine,
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+BAR = {"unit": " images", "disable": True if RANK > 0 else None}  # None: where output is a file
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -54,7 +46,7 @@ class Features(NamedTuple):
     """What a ViT gives: embeddings after the final norm, and attention probabilities."""
     cls: torch.Tensor  # [B, D], the global embedding
     patches: torch.Tensor  # [B, N, D], row by row
-    attn: tuple = ()  # one map [B, heads, T, T] for each block asked for, in order
+    attn: tuple = ()  # a map [B, heads, T, T] in float32 for each block asked for, in order
 
 class Attention(nn.Module):
     # x86 processors without AVX512-BF16 or AMX emulate bfloat16.
@@ -70,8 +62,8 @@ class Attention(nn.Module):
     def forward(self, x, need_map):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, T, 3, heads, D / heads]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, D / heads]
-        # The fused kernel gives no map. In bfloat16 it is 2 to 5 times slower than the product
-        # written out on CPUs that have bfloat16, and 10 to 17 times faster where it is emulated.
+        # The fused kernel gives no map. For bfloat16 it is 2 to 5 times slower than the product
+        # on CPUs that have it, 10 to 17 times faster where it is emulated.
         in_bfloat16 = q.dtype == torch.bfloat16 and q.device.type == "cpu"
         if need_map or (in_bfloat16 and not self.bfloat16_is_emulated):
             logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, heads, T, T]
@@ -108,11 +100,8 @@ class Block(nn.Module):
         return x, attn
 
 class ViT(nn.Module):
-    """A pre-norm Vision Transformer (arXiv 2010.11929) that also gives its attention maps.
-
-    Sizes are sides in pixels; registers are those of arXiv 2309.16588. Tokens: cls, registers,
-    patches. Raises ValueError unless patch_size divides img_size.
-    """
+    """A pre-norm Vision Transformer (arXiv 2010.11929) whose tokens are cls, registers (arXiv
+    2309.16588), patches. Sizes in pixels. Raises ValueError unless patch_size divides img_size."""
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0,
                  num_registers=0, layer_scale=False):
         super().__init__()
@@ -132,9 +121,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def forward(self, images, attn_blocks=0):
-        """Features of normalized images [B, 3, img_size, img_size], with the attention maps of the
-        last attn_blocks blocks in float32.
-        """
+        """Features of normalized images [B, 3, img_size, img_size], maps of attn_blocks blocks."""
         x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]  # [B, N, D]
         first = self.cls_token + self.pos_embed[:, :1]
         if self.num_registers:  # they get no position embedding
@@ -168,34 +155,33 @@ def resize_pos_embed(pos_embed, side, has_registers):
     grid = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (n, n))  # [1, D, n, n]
     if has_registers:  # as in DINOv2's models with registers
         grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
-    else:
-        # DINO and DINOv2 scale by a little more (dino issue 8), which moves every value. Others'
-        # code does not; to treat their weights likewise is this repository's choice.
+    else:  # DINO and DINOv2 scale by a little more (dino issue 8); others' weights, too: our choice
         grid = F.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic")
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
-def find_vit(content):
-    """The state dict of the ViT in a checkpoint's nested dicts, prefixes taken off, or {}."""
+def flatten(content, prefix=""):
+    """Nested dicts as a single one: {"model": {"norm.bias": x}} as {"model.norm.bias": x}."""
+    flat = {}
+    for name, value in content.items():
+        name = f"{prefix}{name}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+def find_vit(checkpoint):
+    """The state dict of the ViT in a checkpoint, its names without what stands before DINO's."""
+    flat = flatten(checkpoint)
     end = "patch_embed.proj.weight"
+    prefixes = [name.removesuffix(end) for name in flat if name.endswith(end)]
     preferred = ("model", "teacher", "student", "state_dict")  # in this order, if there are several
-    names = [name for name in content if isinstance(name, str)]
-    names.sort(key=lambda name: [name.split(".")[0] == word for word in preferred], reverse=True)
-    for name in names:
-        if name.endswith(end):
-            prefix = name.removesuffix(end)
-            return {name.removeprefix(prefix): content[name] for name in names
-                    if name.startswith(prefix)}
-    for name in names:
-        found = find_vit(content[name]) if isinstance(content[name], dict) else {}
-        if found:
-            return found
-    return {}
+    prefixes.sort(key=lambda prefix: [word not in prefix.split(".") for word in preferred])
+    prefix = prefixes[0] if prefixes else ""
+    others = ("head", "mask_token", "masked_embed", "decoder", "dino_head", "ibot_head",
+              "pre_logits")
+    names = [name.removeprefix(prefix) for name in flat if name.startswith(prefix)]
+    return {name: flat[prefix + name] for name in names if not name.startswith(others)}
 
 def build_vit(state, img_size, num_heads):
     """The ViT of a state dict with DINO's names, whose architecture is read off it."""
-    others = ("head", "mask_token", "masked_embed", "decoder", "dino_head", "ibot_head",
-              "pre_logits")
-    state = {name: value for name, value in state.items() if not name.startswith(others)}
     embed_dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
     depth = sum(name.endswith(".norm1.weight") for name in state)  # one a block
     mlp_ratio = len(state["blocks.0.mlp.fc1.weight"]) / embed_dim
@@ -216,11 +202,9 @@ def build_vit(state, img_size, num_heads):
     return vit
 
 def load_vit(weights, img_size, num_heads=None):
-    """The ViT of pretrained weights, for images of img_size pixels a side. weights is a name in
-    WEIGHTS or a checkpoint's path, in which the ViT is looked for by DINO's parameter names.
-    num_heads: 16 for the widths 1280, 1408 and 1664, else width / 64, unless given. Raises
-    ValueError if the weights cannot be had or do not fit, img_size included.
-    """
+    """The ViT of a name in WEIGHTS or a checkpoint's path, for images of img_size pixels a side.
+    num_heads: 16 for widths 1280, 1408 and 1664, else width / 64. Raises ValueError if the weights
+    cannot be had or do not fit, img_size included."""
     options = {"map_location": "cpu", "weights_only": True}  # so that no file runs code
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -234,16 +218,13 @@ def load_vit(weights, img_size, num_heads=None):
     except pickle.UnpicklingError:
         reason = "it holds more than tensors and plain values: save its state dict alone"
     except Exception as error:  # what is missing, damaged or foreign raises many kinds
-        reason = " ".join(repr(error).split())[:300]
-    raise UserError(
-        f"cannot load weights {weights}: {reason}. Known names are {', '.join(WEIGHTS)}; offline, "
-        f"put their files into {torch.hub.get_dir()}/checkpoints")
+        reason = " ".join(str(error).split())[:300]
+    raise UserError(f"cannot load weights {weights}: {reason}. Known are {', '.join(WEIGHTS)}; "
+                    f"offline, put their files into {torch.hub.get_dir()}/checkpoints")
 
 def prepare(images, img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """A ViT's input: images [B, 3, h, w] in [0, 1] resized to img_size pixels a side by Pillow's
-    bicubic kernel, normalized with the mean and standard deviation of each channel, in float32.
-    Raises ValueError for images that are not floating point.
-    """
+    bicubic kernel and normalized, in float32. Raises ValueError for images that are not floats."""
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}, not floats in [0, 1]")
     images = images.float()
@@ -253,10 +234,9 @@ def prepare(images, img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return (images - mean) / std
 
 # ---- Distortions ---------------------------------------------------------------------------------
-# To add one, write a function and list it in DISTORTIONS: its option, the names of runs and the
-# evaluation follow. It takes images [B, 3, H, W], the severity of each [B, 1, 1, 1], the highest
-# that may occur (which sizes blur's kernel) and a generator. Its docstring is the option's help.
-
+# To add one, write a function and list it in DISTORTIONS: option, names of runs and evaluation
+# follow. It takes images [B, 3, H, W], the severity of each [B, 1, 1, 1], the highest that may
+# occur (it sizes blur's kernel) and a generator. Its docstring is the option's help.
 def blur(images, severity, highest, generator):
     """sigma of a Gaussian in pixels, edges reflected"""
     B, _, H, W = images.shape
@@ -301,12 +281,10 @@ DISTORTIONS = {  # name: (function, limit of its severity), in a camera's order
 
 def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     """Distorted copies of images [B, 3, H, W] in [0, 1], of the same shape and range, in float32.
-    severities go by the names of DISTORTIONS: a number, or a pair (low, high) from which each image
-    draws its own, uniformly. All kinds above 0 are applied in DISTORTIONS's order; with one_of each
-    image gets one of them. With probability clean an image is left as it is. Random numbers come
-    from generator, which has to be on the images' device. Raises ValueError for unknown kinds,
-    severities or shares out of range, and images that are not floating point.
-    """
+    severities: for names of DISTORTIONS a number, or (low, high) from which each image draws its
+    own. All are applied in turn, or with one_of one to an image; with probability clean it stays as
+    it is. generator: on the images' device. Raises ValueError for what is out of range, unknown
+    kinds, and images that are not floats."""
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}, not floats in [0, 1]")
     unknown = severities.keys() - DISTORTIONS.keys()
@@ -319,7 +297,6 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
             raise ValueError(f"{name} {low, high} does not ascend from 0 to {limit}")
         if high > 0:
             kinds.append((function, low, high))
-
     with torch.autocast(images.device.type, enabled=False):
         images = images.float()
         per_image = (len(images), 1, 1, 1)
@@ -335,16 +312,13 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         return torch.where(untouched, images, distorted).clamp(0, 1)
 
 # ---- The loss ------------------------------------------------------------------------------------
-# The terms of the loss, by name. To add one, list it here and compute it in distill_loss: its
-# weight, the log and the evaluation's table follow.
+# To add a term, list it here and compute it in distill_loss: weight, log and table follow.
 TERMS = ("global", "patch", "attn")
 
 def distill_loss(student, teacher, weights=(1,) * len(TERMS)):
-    """The weighted sum of the terms (arXiv 2604.22529) between two Features, and the terms by name:
-    "global" = 1 - cosine of cls; "patch" = 1 - cosine of each patch, averaged; "attn" = KL(teacher
-    map || student map) in nats of each query's row, averaged over rows, heads, blocks and batch, 0
-    without maps. All in float32, also under autocast.
-    """
+    """The weighted sum of the terms between two Features, and the terms by name: "global" = 1 -
+    cosine of cls; "patch" = 1 - cosine of each patch; "attn" = KL(teacher map || student map) in
+    nats of each query's row, 0 without maps; all are means, in float32 also under autocast."""
     cls = 1 - F.cosine_similarity(student.cls.float(), teacher.cls.float(), dim=-1).mean()
     cosines = F.cosine_similarity(student.patches.float(), teacher.patches.float(), dim=-1)
     attn = torch.zeros_like(cls)
@@ -357,11 +331,9 @@ def distill_loss(student, teacher, weights=(1,) * len(TERMS)):
     return total, terms
 
 class Distillation(nn.Module):
-    """The method, as one module for torch.compile and DistributedDataParallel: a teacher, which it
-    freezes, and a student that learns the teacher's features of the clean images.
-    """
-    def __init__(self, teacher, student, img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                 attn_blocks=1, term_weights=(1,) * len(TERMS)):
+    """The method, as one module for torch.compile and DistributedDataParallel; freezes teacher."""
+    def __init__(self, teacher, student, img_size, mean, std, attn_blocks=1,
+                 term_weights=(1,) * len(TERMS)):
         super().__init__()
         self.teacher = teacher.requires_grad_(False)
         self.student = student
@@ -377,10 +349,8 @@ class Distillation(nn.Module):
         return distill_loss(features, target, self.term_weights)
 
 class Classifier(nn.Module):
-    """A ViT with a linear layer on cls that learns labels [B], with the interface of Distillation:
-    a scratch teacher is trained so.
-    """
-    def __init__(self, vit, num_classes, img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """A ViT and a linear layer that learn labels [B], to train a scratch teacher."""
+    def __init__(self, vit, num_classes, img_size, mean, std):
         super().__init__()
         self.vit = vit
         self.head = nn.Linear(vit.cls_token.shape[-1], num_classes)
@@ -423,8 +393,7 @@ DATA = {  # name: (side in pixels, class, what it takes for the training split, 
 
 def read_image(path):
     """An image file as an upright RGB PIL.Image. Raises OSError, with the path, for what Pillow
-    cannot read or reads wrongly, and for grey images of more than 8 bits.
-    """
+    cannot read or reads wrongly."""
     try:
         image = Image.open(path)
         tags = getattr(image, "tag_v2", {})  # of a TIFF: 284 planar configuration, 258 bits
@@ -453,16 +422,14 @@ class Folder(datasets.ImageFolder):
         return classes, {name: i for i, name in enumerate(classes)}
 
     def is_image(self, path):
-        hidden = f"{os.sep}." in path.removeprefix(self.root)
         kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
         # Some formats Pillow only writes or leaves to other programs; some are no photos.
         others = (None, "BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
-        return not hidden and kind not in others
+        return kind not in others and f"{os.sep}." not in path.removeprefix(self.root)
 
 def load_data(cfg):
-    """The training and the test data set, of (uint8 [3, S, S], label), at most --max-images of each
-    in a random order of seed 0, and the classes' names.
-    """
+    """The training and the test set, of (uint8 [3, S, S], label), --max-images of each in a random
+    order of seed 0, and the classes' names."""
     transform = square(cfg.data_size)
     try:
         if cfg.data in DATA:
@@ -472,26 +439,23 @@ def load_data(cfg):
             second = "val" if os.path.isdir(f"{cfg.data}/val") else "test"
             both = [Folder(f"{cfg.data}/{split}", transform) for split in ("train", second)]
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"cannot get --data {cfg.data}: {error}. Known are {', '.join(DATA)} and folders that "
-            "hold train/<class>/* and val/<class>/* or test/<class>/*; offline, put what "
-            f"torchvision would download into {cfg.root}") from error
+        raise UserError(f"cannot get --data {cfg.data}: {error}. Known are {', '.join(DATA)}, and "
+                        "folders of train/<class>/* and val/<class>/* or test/<class>/*; offline, "
+                        f"put what torchvision would load into {cfg.root}") from error
     classes = both[0].classes
     odd = set(classes) ^ set(both[1].classes)
     if odd:
         raise UserError(f"{cfg.data} has {sorted(odd)} in one of its two splits only")
-    parts = []
-    for dataset in both:
+    def part(dataset):
         order = np.random.default_rng(0).permutation(len(dataset))
-        parts.append(Subset(dataset, order[:cfg.max_images].tolist()))
-    return *parts, classes
+        return Subset(dataset, order[:cfg.max_images].tolist())
+    return part(both[0]), part(both[1]), classes
 
 def make_loader(dataset, cfg, batch_size, order=None):
     """Batches of a data set, in the order of the given indices, read by --workers processes."""
-    return DataLoader(
-        dataset, batch_size, sampler=order, num_workers=cfg.workers,
-        persistent_workers=cfg.workers > 0, pin_memory=cfg.device.startswith("cuda"),
-        generator=torch.Generator())  # its own, so that the global one stays where it is
+    return DataLoader(  # with a generator of its own, so that the global one stays where it is
+        dataset, batch_size, sampler=order, num_workers=cfg.workers, generator=torch.Generator(),
+        persistent_workers=cfg.workers > 0, pin_memory=cfg.device.startswith("cuda"))
 
 # ---- Training ------------------------------------------------------------------------------------
 def autocast(cfg):
@@ -504,45 +468,49 @@ def learning_rate(step, total_steps, peak):
     return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / total_steps))
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the momentum of a matrix, made
-    orthogonal by five Newton-Schulz steps. Updates are scaled to the size of AdamW's, so that both
-    share a learning rate (arXiv 2502.16982). Parameters of one shape [m, n] go together.
-    """
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.05):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    """Muon (kellerjordan.github.io/posts/muon) for matrices: their momentum is made orthogonal by
+    five Newton-Schulz steps and scaled to twice the size of AdamW's updates (arXiv 2502.16982), so
+    that one learning rate serves both."""
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
     def step(self):
-        group = self.param_groups[0]
+        lr = self.param_groups[0]["lr"]
         same_shape = defaultdict(list)
-        for p in group["params"]:
-            same_shape[p.shape].append(p)
-        for shape, params in same_shape.items():
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                same_shape[p.shape].append(p)
+        for (m, n), params in same_shape.items():
             grads = torch.stack([p.grad for p in params])  # [k, m, n]
-            state = self.state[params[0]]
-            momentum = state.setdefault("momentum", torch.zeros_like(grads))
-            momentum.lerp_(grads, 1 - group["momentum"])
-            x = grads.lerp(momentum, group["momentum"])  # Nesterov's
-            x = x.mT if shape[0] > shape[1] else x
+            momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
+            momentum.lerp_(grads, 1 - 0.9)
+            x = grads.lerp(momentum, 0.9)  # Nesterov's
+            x = x.mT if m > n else x
             x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
             for _ in range(5):
                 s = x @ x.mT
                 x = 3.4445 * x + (-4.775 * s + 2.0315 * s @ s) @ x
-            x = x.mT if shape[0] > shape[1] else x
-            size = 0.2 * max(shape) ** 0.5
+            x = x.mT if m > n else x
             for p, update in zip(params, x, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * size)
+                p.mul_(1 - lr * 0.05)  # weight decay, AdamW's
+                p.sub_(update, alpha=lr * 0.4 * max(m, n) ** 0.5)
+
+def make_optimizers(trained, kind, lr):
+    """AdamW for parameters {name: p}, or Muon for the blocks' matrices and AdamW for the rest."""
+    matrices = [name for name, p in trained.items()
+                if kind == "muon" and "blocks." in name and p.ndim == 2]
+    others = [p for name, p in trained.items() if name not in matrices]
+    optimizers = [torch.optim.AdamW(others, lr, weight_decay=0.05, fused=True)]
+    if matrices:
+        optimizers.append(Muon([trained[name] for name in matrices], lr))
+    return optimizers
 
 def train(module, dataset, cfg, epochs, lr, severities, state=None):
-    """Train a module with the interface of Distillation on a data set of (image, label), distorted
-    anew each time. Yields, after each epoch, a row of figures and the state from which training can
-    go on. No random state is in it: an epoch's order depends on (seed, epoch), a distortion on
-    (seed, step, process).
-    """
+    """Train a module with the interface of Distillation. Yields a row of figures an epoch and the
+    state from which to go on; order follows (seed, epoch), distortions (seed, step, process)."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in trained.items() if "blocks." in name and p.ndim == 2]
-    others = [p for name, p in trained.items() if "blocks." not in name or p.ndim != 2]
-    optimizers = [Muon(matrices, lr), torch.optim.AdamW(others, lr, weight_decay=0.05, fused=True)]
+    optimizers = make_optimizers(trained, cfg.optimizer, lr)
     if state:
         module.load_state_dict(state["module"], strict=False)  # what is frozen is not in it
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -551,73 +519,68 @@ def train(module, dataset, cfg, epochs, lr, severities, state=None):
     if WORLD > 1:
         model = nn.parallel.DistributedDataParallel(model)
     generator = torch.Generator(cfg.device)
-    steps_per_epoch = len(dataset) // cfg.batch_size  # without the ragged last batch
+    steps = len(dataset) // cfg.batch_size  # an epoch, without the ragged last batch
     order = []  # this process's images of an epoch, for the loader
     loader = make_loader(dataset, cfg, cfg.batch_size // WORLD, order)
-
     for epoch in range(state["epoch"] if state else 0, epochs):
         permutation = np.random.default_rng((cfg.seed, epoch)).permutation(len(dataset))
-        order[:] = permutation[:steps_per_epoch * cfg.batch_size][RANK::WORLD].tolist()
+        order[:] = permutation[:steps * cfg.batch_size][RANK::WORLD].tolist()
         sums = 0
         bar = tqdm(loader, f"epoch {epoch + 1}", unit_scale=cfg.batch_size, **BAR)
         for i, (images, labels) in enumerate(bar):
             if i == 0:
                 start = time.perf_counter()  # by now the loader's processes have started
-            step = epoch * steps_per_epoch + i
+            step = epoch * steps + i
             clean = images.to(cfg.device, non_blocking=True) / 255
             generator.manual_seed((1_000_000 * cfg.seed + step) * WORLD + RANK)
             distorted = distort(clean, generator, cfg.one_of, cfg.clean, **severities)
-
             with autocast(cfg):
                 loss, terms = model(clean, distorted, labels.to(cfg.device, non_blocking=True))
             module.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trained.values(), 1.0)
             for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps_per_epoch, lr)
+                optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps, lr)
                 optimizer.step()
-
-            figures = torch.stack([loss, *terms.values()]).detach()
-            sums = sums + figures
+            figures = {"loss": loss.detach(), **terms}
+            sums += torch.stack([*figures.values()]).detach()
             if i % 20 == 0:  # reading the figures waits for the device
-                bar.set_postfix(zip(["loss", *terms], figures.tolist(), strict=True))
+                bar.set_postfix({name: value.item() for name, value in figures.items()})
         if WORLD > 1:
             dist.all_reduce(sums)
-        means = (sums / steps_per_epoch / WORLD).tolist()
-        rate = steps_per_epoch * cfg.batch_size / (time.perf_counter() - start)
-        row = dict(zip(["loss", *terms], means, strict=True))
-        weights = {name: p.detach() for name, p in trained.items()}
-        state = {"epoch": epoch + 1, "module": weights, "optimizers": [o.state_dict() for o in optimizers]}
-        yield {"epoch": epoch + 1, **row, "images_per_s": rate}, state
+        means = dict(zip(figures, (sums / steps / WORLD).tolist(), strict=True))
+        rate = steps * cfg.batch_size / (time.perf_counter() - start)
+        state = {"epoch": epoch + 1, "module": {name: p.detach() for name, p in trained.items()},
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        yield {"epoch": epoch + 1, **means, "images_per_s": rate}, state
 
 @torch.inference_mode()
 def compare(vits, batches, cfg, kinds, seed=0, with_distances=True):
     """Show vits, {"teacher": …, "student": …}, the same distorted copies of batches of (images,
-    labels), for each of kinds = [(severities, one_of), …]; {} is clean. Returns the labels [n] and,
-    for each kind, global embeddings {"teacher": [n, D], …} and distances {"global_teacher": [n],
-    …}: how far features are, in distill_loss's terms, from the teacher's of the clean images.
-    """
+    labels), for each of kinds = [(severities, one_of), …]. Returns the labels [n] and for each kind
+    embeddings {"teacher": [n, D], …} and distances {"global_teacher": [n], …}, in distill_loss's
+    terms, from the teacher's features of the clean images."""
     attn_blocks = cfg.attn_blocks if with_distances else 0
     def features_of(who, images):
         with autocast(cfg):
             return vits[who](prepare(images, cfg.img_size, cfg.mean, cfg.std), attn_blocks)
-    generators = [torch.Generator(cfg.device).manual_seed(1000 * seed + i)
-                  for i in range(len(kinds))]
+    seeds = range(1000 * seed, 1000 * seed + len(kinds))
+    generators = [torch.Generator(cfg.device).manual_seed(number) for number in seeds]
     all_labels = []
     rows = [defaultdict(list) for _ in kinds]
     for images, labels in batches:
         all_labels.append(labels)
         clean = images.to(cfg.device, non_blocking=True) / 255
         target = features_of("teacher", clean)
-        for i, (severities, one_of) in enumerate(kinds):
-            distorted = distort(clean, generators[i], one_of, **severities)
+        for (severities, one_of), generator, row in zip(kinds, generators, rows, strict=True):
+            distorted = distort(clean, generator, one_of, **severities)
             for who in vits:
                 is_target = who == "teacher" and not severities
                 features = target if is_target else features_of(who, distorted)
-                rows[i][who].append(features.cls.float().clone())  # a view would keep patches, too
+                row[who].append(features.cls.float().clone())  # a view would keep patches, too
                 terms = distill_loss(features, target)[1] if with_distances else {}
                 for term, value in terms.items():  # a batch's mean, for each of its images
-                    rows[i][f"{term}_{who}"].append(value.expand(len(images)))
+                    row[f"{term}_{who}"].append(value.expand(len(images)))
     rows = [{name: torch.cat(parts) for name, parts in row.items()} for row in rows]
     return torch.cat(all_labels), rows
 
@@ -633,55 +596,54 @@ def save(content, path):
         os.replace(f"{path}.part", path)
 
 def claim(cfg):
-    """Make --out this run's by its config.json, locked until that file is closed or the process
-    ends; returns the file.
-    """
+    """Make --out this run's by its config.json; returns that file, locked until it is closed."""
     os.makedirs(cfg.out, exist_ok=True)
     file = open(f"{cfg.out}/config.json", "a+")
-    if fcntl:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {cfg.out}") from None
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.register_at_fork(after_in_child=file.close)  # a loader's process would keep the lock
-    options = json.dumps(vars(cfg), indent=1)
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {cfg.out}") from None
+    except (ImportError, OSError):  # Windows and some network folders have no locks
+        pass
     file.seek(0)
-    text = file.read()
-    if not text:
-        file.write(options)
-        file.flush()
-    old = json.loads(text or options)
-    aside = ("out", "root", "device", "workers", "compile")
+    options = json.dumps(vars(cfg), indent=1)
+    old = json.loads(file.read() or options)
     for name, value in json.loads(options).items():
-        if old.get(name) != value and name not in aside:
+        if old.get(name) != value and name not in ("out", "root", "device", "workers", "compile"):
             file.close()
             raise UserError(f"{cfg.out} holds a run with {name} {old.get(name)}, not {value}")
+    if file.tell() == 0:
+        file.write(options)
+        file.flush()
     return file
 
 def look(cfg, num_images):
     """The teacher and the last checkpoint, if any, after a look at all that can be wrong."""
     last = f"{cfg.out}/last.pt"
-    begun = os.path.exists(last)
-    if os.path.exists(f"{cfg.out}/student.pth") and not begun:
+    checkpoint = None
+    if os.path.exists(last):
+        try:
+            checkpoint = torch.load(last, map_location="cpu", weights_only=True)
+        except Exception as error:  # what is damaged raises many kinds
+            raise UserError(f"{last} is damaged: to begin anew, move {cfg.out} away") from error
+    elif os.path.exists(f"{cfg.out}/student.pth"):
         raise UserError(f"--out {cfg.out} holds a student, and no last.pt from which to go on")
-    try:
-        checkpoint = torch.load(last, map_location="cpu", weights_only=True) if begun else None
-    except Exception as error:  # what is damaged raises many kinds
-        raise UserError(f"{last} is damaged: to begin anew, move {cfg.out} away") from error
-    if cfg.batch_size > num_images:
-        raise UserError(f"--batch-size {cfg.batch_size} is more than the {num_images} images")
+    if cfg.batch_size > num_images or cfg.batch_size % WORLD:
+        raise UserError(f"--batch-size {cfg.batch_size} of {num_images} images in {WORLD} parts")
     try:
         distort(torch.zeros(1, 3, cfg.data_size, cfg.data_size), clean=cfg.clean, **cfg.severities)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"at {cfg.data_size} pixels: {error}") from error
-    if cfg.weights == "scratch" and not begun:  # a grid of 8 by 8 patches
-        if cfg.img_size % 8:
-            raise UserError(f"--img-size {cfg.img_size} is not a multiple of 8")
+    weights = f"{cfg.out}/teacher.pth" if checkpoint else cfg.weights
+    if weights != "scratch":
+        teacher = load_vit(weights, cfg.img_size, cfg.num_heads)
+    elif cfg.img_size % 8:
+        raise UserError(f"--img-size {cfg.img_size} is not a multiple of 8")
+    else:  # a grid of 8 by 8 patches
         torch.manual_seed(cfg.seed)
         teacher = ViT(cfg.img_size, cfg.img_size // 8, embed_dim=64, depth=4, num_heads=1)
-    else:
-        weights = f"{cfg.out}/teacher.pth" if begun else cfg.weights
-        teacher = load_vit(weights, cfg.img_size, cfg.num_heads)
     if cfg.attn_blocks > len(teacher.blocks):
         raise UserError(f"--attn-blocks {cfg.attn_blocks} of a ViT of {len(teacher.blocks)}")
     return teacher, checkpoint
@@ -693,32 +655,31 @@ def distil(cfg, data, teacher, checkpoint):
     if cfg.weights == "scratch" and not checkpoint:
         classifier = Classifier(teacher, len(classes), *inputs).to(cfg.device)
         # At the student's higher rate attention gets too sharp to distil.
-        for row, _ in train(classifier, train_set, cfg, cfg.pretrain_epochs, 2e-3, severities={}):
+        for row, _ in train(classifier, train_set, cfg, cfg.pretrain_epochs, 1e-3, severities={}):
             say(f"teacher: {json.dumps(row)}")
     student = copy.deepcopy(teacher)  # before the teacher is frozen
-    vits = {"teacher": teacher, "student": student}
     module = Distillation(teacher, student, *inputs, cfg.attn_blocks, cfg.loss_weights)
     module.to(cfg.device)
-    log = []
-    def write_student():
+    log = checkpoint["log"] if checkpoint else []
+    def write(state):
+        save({**state, "log": log}, f"{cfg.out}/last.pt")  # before what can be made from it
         save(student.state_dict(), f"{cfg.out}/student.pth")
         if RANK == 0:
             Path(cfg.out, "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in log))
     if checkpoint:
-        log = checkpoint["log"]
         module.load_state_dict(checkpoint["module"], strict=False)
-        write_student()  # an interruption may have come between last.pt and these
+        write(checkpoint)  # an interruption may have come after last.pt
     save(teacher.state_dict(), f"{cfg.out}/teacher.pth")
-    held_out = make_loader(Subset(test_set, range(min(500, len(test_set)))), cfg, cfg.batch_size)
+    held_out = make_loader(Subset(test_set, range(len(test_set))[:500]), cfg, cfg.batch_size)
+    vits = {"teacher": teacher, "student": student}
     for row, state in train(module, train_set, cfg, cfg.epochs, cfg.lr, cfg.severities, checkpoint):
         _, [found] = compare(vits, held_out, cfg, [(cfg.severities, cfg.one_of)])
-        distances = {name: x.mean().item() for name, x in found.items() if x.ndim == 1}
-        log.append({**row, **distances})
-        say(json.dumps(log[-1]))
-        if not all(math.isfinite(value) for value in log[-1].values()):
+        row |= {name: x.mean().item() for name, x in found.items() if name not in vits}
+        log.append(row)
+        say(json.dumps(row))
+        if not all(math.isfinite(value) for value in row.values()):
             raise UserError("the last row is not finite: lower --lr, with another --out")
-        save({**state, "log": log}, f"{cfg.out}/last.pt")  # before what can be made from it
-        write_student()
+        write(state)
 
 def run(cfg):
     """The whole run, in this process and in those that torchrun has started beside it."""
@@ -749,13 +710,14 @@ def run(cfg):
             data = load_data(cfg)
         say(json.dumps(vars(cfg)))
         distil(cfg, data, *begun[0])
+        say(f"{cfg.out} is finished; next: python eval.py {cfg.out}")
     finally:
         if RANK == 0:
             claimed.close()
             if not os.path.exists(f"{cfg.out}/last.pt"):  # nothing was saved
                 os.unlink(f"{cfg.out}/config.json")
-    say(f"{cfg.out} is finished; next: python eval.py {cfg.out}")
 
+# ---- The options ---------------------------------------------------------------------------------
 def describe(severities, one_of):
     """Distortions as text: noise0.1, blur1+noise0-0.4, blur1-or-noise0.1."""
     parts = []
@@ -763,24 +725,6 @@ def describe(severities, one_of):
         parts.append(name + "-".join(f"{end:g}" for end in np.unique(value)))
     return ("-or-" if one_of else "+").join(parts) or "clean"
 
-def check_device(cfg):
-    """Raise UserError for a device that is not there; say where bfloat16 will be slow."""
-    try:
-        torch.zeros(1, device=cfg.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {cfg.device}: {error!r:.200}") from error
-    if (cfg.device, cfg.dtype) == ("cpu", "bfloat16") and Attention.bfloat16_is_emulated:
-        say("this processor emulates bfloat16: --dtype float32 is many times faster")
-
-def can_compile(device):
-    """Whether torch.compile finds what it needs: a C compiler and, on a GPU, Triton."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
-    except Exception:  # each want has a kind of its own
-        return False
-    return True
-
-# ---- The options ---------------------------------------------------------------------------------
 def at_least(low, kind=int):
     """A type for argparse: finite numbers from low on."""
     def parse(text):
@@ -792,20 +736,17 @@ def at_least(low, kind=int):
 def make_parser():
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=__doc__.split("\n\n")[0])
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     count = at_least(1)
     share = at_least(0, float)
     add = parser.add_argument
     # What is read
-    add("--data", default="stripes", help=f"{', '.join(DATA)}, or a folder that holds "
-        "train/<class>/* and val/<class>/* or test/<class>/* [stripes, which are drawn]")
+    add("--data", default="stripes", help=f"{', '.join(DATA)}, or a folder of images [stripes]")
     add("--root", default="data", help="where data sets are downloaded to [data]")
     add("--max-images", type=count, help="a random part of either split [all]")
-    add("--weights", help="a known name, a file, or scratch for a small ViT that is first trained "
-        "with labels [dinov2_vits14; for stripes scratch]")
+    add("--weights", help="a name, file or scratch, a small ViT [dinov2_vits14; stripes scratch]")
     add("--num-heads", type=count, help="[width / 64; of the widths 1280, 1408 and 1664 16]")
-    add("--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="that the weights were trained "
-        "with, of the three channels [ImageNet's]")
+    add("--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="of the weights [ImageNet's]")
     add("--std", type=at_least(1e-6, float), nargs=3, default=IMAGENET_STD, help="[ImageNet's]")
     add("--data-size", type=count, help="side in pixels when distorted [32; stl10 96; folder 224]")
     add("--img-size", type=count, help="side in pixels for the ViT [224; scratch the data size]")
@@ -816,54 +757,64 @@ def make_parser():
     add("--clean", type=share, help="share of images that stay clean [0]. Without a distortion: "
         "--blur 0 1.5 (per 32 pixels) --noise 0 0.4 --mask 0 0.6 --one-of --clean 0.2")
     # Training
-    add("--loss-weights", type=share, nargs=len(TERMS), default=[1.0] * len(TERMS), metavar=TERMS,
-        help="[1 each]")
+    add("--loss-weights", type=share, nargs=len(TERMS), default=[1.0] * len(TERMS), metavar=TERMS)
     add("--attn-blocks", type=count, default=1, help="last blocks whose maps are compared [1]")
-    add("--epochs", type=count, default=5, help="of the student [5]")
-    add("--pretrain-epochs", type=count, default=2, help="of a scratch teacher [2]")
-    add("--batch-size", type=count, help="of all processes together [64; scratch 32]")
+    add("--epochs", type=count, default=4, help="of the student [4]")
+    add("--pretrain-epochs", type=count, default=1, help="of a scratch teacher [1]")
+    add("--batch-size", type=count, help="of all processes together [64; scratch 16]")
+    add("--optimizer", choices=["adamw", "muon"], help="muon: of the blocks' matrices [adamw; "
+        "scratch muon]")
     add("--lr", type=at_least(1e-9, float), help="the student's highest [1e-4; scratch 5e-3]")
     add("--seed", type=at_least(0), default=0, help="of weights, order and distortions [0]")
     # The machine
-    add("--device", default=str(best), help=f"cuda, mps or cpu [{best}]")
+    add("--device", default=best, help=f"cuda, mps or cpu [{best}]")
     add("--dtype", choices=["float32", "bfloat16"], help="[cuda bfloat16, else float32]")
     add("--compile", action=argparse.BooleanOptionalAction, help="[on cuda, where it works]")
-    add("--workers", type=at_least(0), default=2 if best == "cpu" else 8,
-        help="processes that read images [2; beside a GPU 8]")
+    add("--workers", type=at_least(0), default=2 if best == "cpu" else 8, help="[2; GPU 8]")
     add("--out", help="run folder; the same command goes on there [runs/<data>-<distortions>]")
     return parser
+
+def check_device(cfg):
+    """Raise UserError for a device that is not there; say where bfloat16 will be slow."""
+    try:
+        torch.zeros(1, device=cfg.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device}: {error!r:.200}") from error
+    if (cfg.device, cfg.dtype) == ("cpu", "bfloat16") and Attention.bfloat16_is_emulated:
+        say("this processor emulates bfloat16: --dtype float32 is many times faster")
 
 def fill_in(cfg):
     """Give options that were not typed their values, which depend on others."""
     typed = {name: vars(cfg).pop(name) for name in DISTORTIONS}
     cfg.severities = {name: value for name, value in typed.items() if value}
-    kinds = describe(cfg.severities, cfg.one_of)
+    kinds = describe(cfg.severities, cfg.one_of) if cfg.severities else "mixture"
     cfg.data_size = cfg.data_size or (DATA[cfg.data][0] if cfg.data in DATA else 224)
-    default_clean = 0.0
     if not cfg.severities:
-        kinds = "mixture"
         blur = [0, 1.5 * cfg.data_size / 32]
         cfg.severities = {"blur": blur, "noise": [0, 0.4], "mask": [0, 0.6]}
         cfg.one_of = True
-        default_clean = 0.2
-    cfg.clean = default_clean if cfg.clean is None else cfg.clean
-    data = os.path.basename(os.path.abspath(cfg.data))
+        cfg.clean = 0.2 if cfg.clean is None else cfg.clean
+    cfg.clean = cfg.clean or 0.0
     seed = f"-seed{cfg.seed}" if cfg.seed else ""
-    cfg.out = cfg.out or f"runs/{data}-{kinds}{seed}"
+    cfg.out = cfg.out or f"runs/{os.path.basename(os.path.abspath(cfg.data))}-{kinds}{seed}"
     cfg.weights = cfg.weights or ("scratch" if cfg.data == "stripes" else "dinov2_vits14")
     scratch = cfg.weights == "scratch"
     cfg.img_size = cfg.img_size or (cfg.data_size if scratch else 224)
-    cfg.batch_size = cfg.batch_size or (32 if scratch else 64)
+    cfg.batch_size = cfg.batch_size or (16 if scratch else 64)
+    cfg.optimizer = cfg.optimizer or ("muon" if scratch else "adamw")
     cfg.lr = cfg.lr or (5e-3 if scratch else 1e-4)
     on_gpu = cfg.device.startswith("cuda")
     cfg.dtype = cfg.dtype or ("bfloat16" if on_gpu else "float32")
     check_device(cfg)
-    if cfg.compile is None:
-        cfg.compile = on_gpu and can_compile(cfg.device)
-    elif cfg.compile and not can_compile(cfg.device):
-        raise UserError("--compile needs a C compiler, and on a GPU Triton: try --no-compile")
-    if cfg.batch_size % WORLD:
-        raise UserError(f"--batch-size {cfg.batch_size} is not a multiple of {WORLD} processes")
+    asked = cfg.compile
+    cfg.compile = on_gpu if asked is None else asked
+    try:
+        if cfg.compile:
+            torch.compile(lambda x: x + 1)(torch.ones(1, device=cfg.device))
+    except Exception as error:  # no C compiler, no Triton, an old card: each raises its own kind
+        cfg.compile = False
+        if asked:
+            raise UserError("this machine cannot compile: try --no-compile") from error
 
 def main():
     parser = make_parser()

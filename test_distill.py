@@ -56,7 +56,7 @@ def command(world, out, more=""):
             f"--batch-size 8 --workers 0 --device cpu --epochs 2 --out {out} {more}")
 
 def call(module, words):
-    with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *shlex.split(words)]):
+    with mock.patch.object(sys, "argv", [module.__file__, *shlex.split(words)]):
         module.main()
 
 def error_of(capsys, module, words):
@@ -79,25 +79,27 @@ def finish(process):
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
+def rows_of(out):
+    return json.loads((out / "results.json").read_text())["rows"]
+
 def weights_of(path):
     return torch.cat([v.flatten() for v in torch.load(path, weights_only=True).values()])
 
-def same_students(*runs):
-    return torch.equal(*[weights_of(run / "student.pth") for run in runs])
+def same_students(a, b):
+    return torch.equal(weights_of(a / "student.pth"), weights_of(b / "student.pth"))
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     rng = np.random.default_rng(0)
-    for split, n in (("train", 24), ("val", 8)):
-        for label in range(2):
-            folder = root / "images" / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.integers(0, 56, (16, 16, 3)) + rng.integers(0, 100, 3) + 100 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    odd = shutil.copytree(root / "images", root / "odd")
-    shutil.copytree(odd / "val" / "class0", odd / "val" / "lonely")
+    for split, label, n in (("train", 0, 24), ("train", 1, 24), ("val", 0, 8), ("val", 1, 8)):
+        folder = root / f"images/{split}/class{label}"
+        folder.mkdir(parents=True)
+        for i in range(n):
+            pixels = rng.integers(0, 56, (16, 16, 3)) + rng.integers(0, 100, 3) + 100 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    shutil.copytree(root / "images", root / "odd")
+    shutil.copytree(root / "images/val/class0", root / "odd/val/lonely")
     torch.save(small_vit().state_dict(), root / "vit.pth")
     return root
 
@@ -132,28 +134,32 @@ def test_vit_agrees_with_torchvision(tmp_path):
         assert close(found.cls.float(), tokens[:, 0], 0.05)
         assert found.attn[0].dtype == torch.float32
 
-@pytest.mark.parametrize("name, registers, heads", [
-    ("vit_small_patch14_dinov2", 0, None), ("vit_small_patch14_reg4_dinov2", 4, None),
-    ("vit_tiny_patch16_224", 0, None), ("vit_large_patch14_224", 0, None),
-    ("vit_huge_patch14_224", 0, None), ("vit_giant_patch14_224", 0, None),
-    ("vit_gigantic_patch14_224", 0, None), ("vit_small_patch16_224", 0, 12)])
-def test_vit_agrees_with_timm(name, registers, heads, tmp_path):
+@pytest.mark.parametrize("name", [
+    "small_patch14_dinov2", "small_patch14_reg4_dinov2", "tiny_patch16_224", "large_patch14_224",
+    "huge_patch14_224", "giant_patch14_224", "gigantic_patch14_224", "small_patch16_224 12"])
+def test_vit_agrees_with_timm(name, tmp_path):
     timm = pytest.importorskip("timm")
+    name, *heads = name.split()
     side = 28 if "14" in name else 32
-    more = {"num_heads": heads} if heads else {}
-    theirs = timm.create_model(name, img_size=side, depth=1, num_classes=0, **more).eval()
+    more = {"num_heads": int(heads[0])} if heads else {}
+    theirs = timm.create_model(f"vit_{name}", img_size=side, depth=1, num_classes=0, **more).eval()
     randomize(theirs)
     state = {**theirs.state_dict(), "mask_token": torch.ones(1), "head.weight": torch.ones(1)}
-    if registers:  # the README's rename, the other way round
+    if "reg4" in name:  # the README's rename, the other way round
         state["register_tokens"] = state.pop("reg_token")
         state["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), state["pos_embed"]], dim=1)
     torch.save({"model": state, "epoch": 3}, tmp_path / "w.pth")
-    ours = distill.load_vit(tmp_path / "w.pth", side, heads)
+    ours = distill.load_vit(tmp_path / "w.pth", side, **more)
     images = torch.randn(2, 3, side, side)
     with torch.no_grad():
         tokens = theirs.forward_features(images)
         found = ours(images, attn_blocks=1)
-    assert close(found.cls, tokens[:, 0]) and close(found.patches, tokens[:, 1 + registers:])
+    n = found.patches.shape[1]
+    assert n == 4 and close(found.cls, tokens[:, 0]) and close(found.patches, tokens[:, -n:])
+
+def pillow_resized(plane, side):
+    plane = Image.fromarray(plane.numpy())
+    return torch.tensor(np.asarray(plane.resize((side, side), Image.BICUBIC)))
 
 @pytest.mark.parametrize("side", [5, 8, 12])
 @pytest.mark.parametrize("registers", [0, 4])
@@ -162,19 +168,15 @@ def test_position_embeddings_are_resized_as_their_publishers_do(side, registers)
     found = distill.resize_pos_embed(
         torch.cat([torch.ones(1, 1, 2), grid.view(1, 64, 2)], dim=1), side, registers)
     assert (found[:, 0] == 1).all()
-    if side == 8:
-        expected = grid
-    elif registers:  # antialiased as in Pillow
-        planes = [Image.fromarray(plane.numpy()) for plane in grid.permute(2, 0, 1).contiguous()]
-        planes = [np.asarray(plane.resize((side, side), Image.BICUBIC)) for plane in planes]
-        expected = torch.tensor(np.stack(planes, axis=2))
-    else:  # at the points where DINO's scale, a little larger, puts the samples; edges repeated
+    planes = grid.permute(2, 0, 1).contiguous()  # [2, 8, 8]
+    if registers:  # antialiased as in Pillow
+        planes = torch.stack([pillow_resized(plane, side) for plane in planes])
+    elif side != 8:  # at the points where DINO's larger scale puts the samples; edges repeated
         points = (torch.arange(side) + 0.5) * 2 / (side + 0.1) - 1  # from -1 to 1
         y, x = torch.meshgrid(points, points, indexing="ij")
-        planes = F.grid_sample(grid.permute(2, 0, 1)[None], torch.stack([x, y], dim=2)[None],
-                               mode="bicubic", padding_mode="border", align_corners=False)
-        expected = planes[0].permute(1, 2, 0)
-    assert close(found[0, 1:].view(side, side, 2), expected)
+        planes = F.grid_sample(planes[None], torch.stack([x, y], dim=2)[None], mode="bicubic",
+                               padding_mode="border", align_corners=False)[0]
+    assert close(found[0, 1:].view(side, side, 2), planes.permute(1, 2, 0))
 
 def test_names_are_fetched_by_torch_hub(monkeypatch):
     fetch = mock.Mock(return_value=small_vit().state_dict())
@@ -186,9 +188,8 @@ def test_names_are_fetched_by_torch_hub(monkeypatch):
     with pytest.raises(ValueError, match="no network.*offline.*checkpoints"):
         distill.load_vit("dinov2_vits14", 16)
 
-def prefixed(prefix, seed=0):
-    state = small_vit().state_dict()
-    return {prefix + name: value + seed for name, value in state.items()}
+def prefixed(prefix, more=0):
+    return {prefix + name: value + more for name, value in small_vit().state_dict().items()}
 
 @pytest.mark.parametrize("checkpoint", [
     prefixed("module."), prefixed("_orig_mod.module."), {"state_dict": prefixed("model.")},
@@ -231,11 +232,10 @@ def test_prepare_resizes_as_pillow_and_normalizes(before, after):
     found = distill.prepare(images, after, mean, std)
     default = distill.prepare(images.double(), after)
     for channel in range(3):
-        plane = Image.fromarray(images[1, channel].numpy()).resize((after, after), Image.BICUBIC)
-        plane = torch.tensor(np.asarray(plane))
+        plane = pillow_resized(images[1, channel], after)
         assert close(found[1, channel], (plane - mean[channel]) / std[channel], 1e-5)
-        imagenet = ((0.485, 0.456, 0.406)[channel], (0.229, 0.224, 0.225)[channel])
-        assert close(default[1, channel], (plane - imagenet[0]) / imagenet[1], 1e-5)
+        plane = (plane - (0.485, 0.456, 0.406)[channel]) / (0.229, 0.224, 0.225)[channel]
+        assert close(default[1, channel], plane, 1e-5)
     assert found.dtype == default.dtype == torch.float32
 
 # ---- Distortions and losses ----------------------------------------------------------------------
@@ -243,11 +243,10 @@ def test_blur_is_torchvisions_also_with_a_sigma_an_image():
     images = torch.rand(5, 3, 20, 24)
     for sigma, taps in ((0.3, 3), (1.0, 7), (2.7, 19)):  # up to three sigma
         assert close(distill.distort(images, blur=sigma), gaussian_blur(images, taps, sigma), 1e-5)
-    sigmas = [0.0, 0.5, 1.0, 1.5, 2.0]
-    found = distill.blur(images, torch.tensor(sigmas).view(5, 1, 1, 1), 2.0, None)
+    found = distill.blur(images, torch.arange(5).view(5, 1, 1, 1) / 2, 2.0, None)
     assert torch.equal(found[0], images[0])
     for i in range(1, 5):
-        assert close(found[i], gaussian_blur(images[i], 13, sigmas[i]), 1e-5)
+        assert close(found[i], gaussian_blur(images[i], 13, i / 2), 1e-5)
 
 def test_each_kind_has_the_asked_strength_range_and_order():
     grey = torch.full((40, 3, 32, 32), 0.5)
@@ -284,7 +283,6 @@ def test_with_one_of_each_image_shows_one_kind_or_is_left_bit_for_bit():
 
 def test_a_new_kind_is_one_function_and_one_line(monkeypatch, world, tmp_path):
     def invert(images, severity, highest, generator):
-        """share of inversion"""
         return images + severity * (1 - 2 * images)
     monkeypatch.setitem(distill.DISTORTIONS, "invert", (invert, 1))
     monkeypatch.chdir(tmp_path)
@@ -299,16 +297,14 @@ def test_a_new_term_is_one_name_and_one_line(world, tmp_path):
         text = text.replace(old, new)
     (tmp_path / "distill.py").write_text(text)
     shutil.copy(HERE / "eval.py", tmp_path)
-    out = tmp_path / "run"
-    words = command(world, out, "--loss-weights 0.5 1 1 1 --noise 0.1")
-    for line in (f"distill.py {words}", f"eval.py {out}"):
+    words = command(world, tmp_path, "--loss-weights 0.5 1 1 1 --noise 0.1")
+    for line in (f"distill.py {words}", f"eval.py {tmp_path}"):
         subprocess.run([sys.executable, *line.split()], cwd=tmp_path, check=True)
-    row = json.loads((out / "results.json").read_text())["rows"][3]
-    assert {"norm", "norm_student"} <= log_of(out)[0].keys() and row["norm_teacher"] > 0
+    assert {"norm", "norm_student"} <= log_of(tmp_path)[0].keys()
+    assert rows_of(tmp_path)[3]["norm_teacher"] > 0
 
 def test_loss_is_the_formula_written_another_way():
-    s = random_features(0)
-    t = random_features(1)
+    s, t = map(random_features, (0, 1))
     cls = (s.cls * t.cls).sum(-1) / s.cls.norm(dim=-1) / t.cls.norm(dim=-1)
     patch = (s.patches * t.patches).sum(-1) / s.patches.norm(dim=-1) / t.patches.norm(dim=-1)
     kl = [(b * (b.log() - a.log())).sum(-1) for a, b in zip(s.attn, t.attn, strict=True)]
@@ -321,20 +317,22 @@ def test_loss_is_the_formula_written_another_way():
     assert torch.allclose(total, weighted, atol=1e-5)
     assert all(abs(value) < 1e-6 for value in distill.distill_loss(s, s)[1].values())
     assert distill.distill_loss(s._replace(attn=()), t._replace(attn=()))[1]["attn"] == 0
-    logits = (torch.randn(3, 2, 5, 5) * 300).requires_grad_()  # of maps that are all but one-hot
-    one_hot = t._replace(attn=(torch.eye(5).expand(3, 2, 5, 5),))
-    loss, _ = distill.distill_loss(s._replace(attn=(logits.softmax(-1),)), one_hot)
-    loss.backward()
-    assert loss.isfinite() and logits.grad.isfinite().all()
+
+def test_loss_of_sharp_attention_is_exact_and_of_one_hot_finite():
+    def attn_loss(logits, target):
+        attn = (logits.requires_grad_().softmax(-1),)
+        features = random_features(0)
+        loss = distill.distill_loss(features._replace(attn=attn), features._replace(attn=(target,)))
+        loss[1]["attn"].backward()
+        return loss[1]["attn"], logits.grad
+    found = attn_loss(torch.randn(3, 2, 5, 5) * 300, torch.eye(5).expand(3, 2, 5, 5))
+    assert all(x.isfinite().all() for x in found)
     student, teacher = 20 * torch.randn(2, 3, 2, 5, 5, generator=seeded(2))  # sharp, as block 0's
-    exact = student.clone().requires_grad_()
-    target = teacher.softmax(-1)
-    kl = F.kl_div(exact.log_softmax(-1), target, reduction="none").sum(-1).mean()
+    found, grad = attn_loss(student.clone(), teacher.softmax(-1))
+    exact = student.requires_grad_().log_softmax(-1)
+    kl = F.kl_div(exact, teacher.softmax(-1), reduction="none").sum(-1).mean()
     kl.backward()
-    ours = student.clone().requires_grad_()
-    terms = distill.distill_loss(t._replace(attn=(ours.softmax(-1),)), t._replace(attn=(target,)))[1]
-    terms["attn"].backward()
-    assert close(terms["attn"], kl) and close(ours.grad, exact.grad)
+    assert close(found, kl) and close(grad, student.grad)
 
 def test_the_method_is_a_module_that_leaves_the_teacher_alone():
     teacher = small_vit()
@@ -344,9 +342,8 @@ def test_the_method_is_a_module_that_leaves_the_teacher_alone():
     clean = torch.rand(3, 3, 16, 16)
     distorted = distill.distort(clean, seeded(0), noise=0.3)
     loss, terms = module(clean, distorted, torch.zeros(3))
-    features = [vit((x - torch.tensor(MEAN_STD[0]).view(3, 1, 1))
-                    / torch.tensor(MEAN_STD[1]).view(3, 1, 1), attn_blocks=2)
-                for vit, x in ((student, distorted), (teacher, clean))]
+    mean, std = torch.tensor(MEAN_STD).view(2, 3, 1, 1)
+    features = [vit((x - mean) / std, 2) for vit, x in ((student, distorted), (teacher, clean))]
     expected, expected_terms = distill.distill_loss(*features, (1, 2, 3))
     assert torch.allclose(loss, expected, atol=1e-5)
     assert terms.keys() == expected_terms.keys() == set(distill.TERMS)
@@ -354,10 +351,9 @@ def test_the_method_is_a_module_that_leaves_the_teacher_alone():
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert all(p.grad is not None for p in student.parameters())
     classifier = distill.Classifier(small_vit(), 5, 16, *MEAN_STD)
-    labels = torch.tensor([0, 4, 2])
-    loss, terms = classifier(clean, distorted, labels)
+    loss, terms = classifier(clean, distorted, torch.tensor([0, 4, 2]))
     logits = classifier.head(classifier.vit(distill.prepare(distorted, 16)).cls)
-    picked = logits.softmax(dim=1)[torch.arange(3), labels]
+    picked = logits.softmax(dim=1)[range(3), [0, 4, 2]]
     assert torch.allclose(loss, -picked.log().mean(), atol=1e-5) and terms == {}
 
 # ---- The pieces: what they refuse; alone; the probe ----------------------------------------------
@@ -376,6 +372,10 @@ def test_bad_arguments_are_value_errors(bad):
     with pytest.raises(ValueError):
         eval(bad, names)
 
+IMPORTS = ["import math", "from collections import OrderedDict", "from typing import NamedTuple",
+           "import numpy as np", "import torch", "from torch import nn",
+           "import torch.nn.functional as F"]
+
 @pytest.mark.parametrize("file, names, use", [
     ("distill.py", "Features Attention LayerScale Block ViT",
      "ViT(16, 8, 64, 2, 1, layer_scale=True)(torch.rand(2, 3, 16, 16), 1).attn[0]"),
@@ -386,14 +386,12 @@ def test_bad_arguments_are_value_errors(bad):
     ("eval.py", "fit_probe", "fit_probe(torch.rand(50, 3), torch.arange(50))(torch.rand(4, 3))")])
 def test_each_piece_runs_when_cut_out(file, names, use):
     text = (HERE / file).read_text()
-    pieces = ["import math", "from collections import OrderedDict", "from typing import NamedTuple",
-              "import numpy as np", "import torch", "from torch import nn",
-              "import torch.nn.functional as F"]
+    pieces = IMPORTS.copy()
     for node in ast.parse(text).body:
         piece = ast.get_source_segment(text, node)
         if getattr(node, "name", piece.split()[0]) in names.split():  # or NAME = …
             pieces.append(piece)
-    assert len(pieces) == 7 + len(names.split())
+    assert len(pieces) == len(IMPORTS) + len(names.split())
     exec("\n".join([*pieces, use]), {})
 
 def blobs(n, seed=0):
@@ -406,18 +404,14 @@ def test_probe_is_within_a_point_of_scikit_learns_best():
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, y = blobs(2500)
     test_x, test_y = blobs(5000, seed=1)
-    mean = x.mean(0)
-    std = x.std(0)
-    scores = []
-    for C in 10.0 ** np.arange(-5, 3):
-        theirs = linear_model.LogisticRegression(C=C, max_iter=500).fit((x - mean) / std, y)
-        scores.append(theirs.score((test_x - mean) / std, test_y))
-    assert abs(evaluation.linear_probe(x, y, test_x, test_y) - max(scores)) < 0.01
+    found = evaluation.linear_probe(x, y, test_x, test_y)
+    x, test_x = [(features - x.mean(0)) / x.std(0) for features in (x, test_x)]
+    models = [linear_model.LogisticRegression(C=C, max_iter=500) for C in 10.0 ** np.arange(-5, 3)]
+    assert abs(found - max(model.fit(x, y).score(test_x, test_y) for model in models)) < 0.01
 
 def test_probe_copes_with_constants_absent_classes_few_images_and_inference_mode():
     x, y = blobs(60)
-    x[:, 3] = 0.1
-    x[:, 4] = 0
+    x[:, 3:5] = torch.tensor([0.1, 0])
     few_x = x[y != 2]
     few_y = 10 * y[y != 2]
     predict = evaluation.fit_probe(few_x, few_y)
@@ -469,9 +463,9 @@ def test_cifar10_is_read_by_torchvision(tmp_path, monkeypatch):
     *splits, classes = load(data="cifar10", data_size=16, root=str(tmp_path))
     assert "".join(classes) == "abcdefghi"
     for n, dataset in zip((45, 9), splits, strict=True):
-        labels = [label for _, label in dataset]
-        assert [int(image[0, 0, 0]) for image, _ in dataset] == labels and len(labels) == n
-        assert labels[:9] != [*range(9)] and dataset[0][0].shape == (3, 16, 16)
+        images, labels = zip(*dataset, strict=True)
+        assert [int(image[0, 0, 0]) for image in images] == [*labels] and len(labels) == n
+        assert labels[:9] != (*range(9),) and images[0].shape == (3, 16, 16)
 
 @pytest.mark.parametrize("kind", ["16 bits", "planar", "half a file"])
 def test_an_unreadable_image_is_named(kind, tmp_path, capsys, world):
@@ -490,8 +484,7 @@ def test_an_unreadable_image_is_named(kind, tmp_path, capsys, world):
 # ---- Training and runs ---------------------------------------------------------------------------
 def test_muon_is_the_formula_in_double_precision():
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 4)),
-              nn.Parameter(torch.randn(3, 5))]
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (6, 4), (3, 5))]
     expected = [p.detach().double() for p in params]
     buffers = [torch.zeros_like(p) for p in expected]
     optimizer = distill.Muon(params, lr=0.1)
@@ -499,33 +492,27 @@ def test_muon_is_the_formula_in_double_precision():
         for i, p in enumerate(params):
             p.grad = torch.randn_like(p)
             grad = p.grad.double()
-            buffers[i] = 0.95 * buffers[i] + 0.05 * grad
-            update = 0.05 * grad + 0.95 * buffers[i]
+            buffers[i] = 0.9 * buffers[i] + 0.1 * grad
+            update = 0.1 * grad + 0.9 * buffers[i]
             u, s, vh = torch.linalg.svd(update, full_matrices=False)
             s = s / s.norm()
             for _ in range(5):  # Newton-Schulz acts on singular values
                 s = 3.4445 * s - 4.775 * s ** 3 + 2.0315 * s ** 5
-            step = 0.1 * 0.2 * max(p.shape) ** 0.5 * (u * s) @ vh
-            expected[i] = (1 - 0.1 * 0.05) * expected[i] - step
+            step = 0.4 * max(p.shape) ** 0.5 * (u * s) @ vh
+            expected[i] -= 0.1 * (0.05 * expected[i] + step)
         optimizer.step()
     assert all(close(p.double(), e, 1e-5) for p, e in zip(params, expected, strict=True))
 
 def test_train_takes_any_module_with_its_interface(world):
-    class Rotation(nn.Module):  # learns by how many quarters an image was turned
-        def __init__(self):
-            super().__init__()
-            self.classifier = distill.Classifier(small_vit(), 4, 16, *MEAN_STD)
-
+    class Rotation(distill.Classifier):  # learns by how many quarters an image was turned
         def forward(self, clean, distorted, labels):
             turned = torch.cat([clean.rot90(k, (2, 3)) for k in range(4)])
-            quarters = torch.arange(4).repeat_interleave(len(clean))
-            loss, _ = self.classifier(turned, turned, quarters)
+            loss, _ = super().forward(turned, turned, torch.arange(4).repeat_interleave(len(clean)))
             return loss, {"rotation": loss.detach()}
-    cfg = argparse.Namespace(
-        seed=0, batch_size=8, device="cpu", dtype="float32", compile=False, workers=0,
-        one_of=False, clean=0.0, max_images=None, data=f"{world}/images", data_size=16)
-    dataset, _, _ = distill.load_data(cfg)
-    rows = list(distill.train(Rotation(), dataset, cfg, 3, 1e-3, {}))
+    cfg = argparse.Namespace(seed=0, batch_size=8, device="cpu", dtype="float32", compile=False,
+                             workers=0, one_of=False, clean=0.0, optimizer="muon")
+    dataset, _, _ = load(data=f"{world}/images", data_size=16)
+    rows = list(distill.train(Rotation(small_vit(), 4, 16, *MEAN_STD), dataset, cfg, 3, 1e-3, {}))
     assert [row["epoch"] for row, _ in rows] == [1, 2, 3]
     assert rows[2][0]["rotation"] == rows[2][0]["loss"] < rows[0][0]["loss"]
 
@@ -551,7 +538,7 @@ def test_evaluation_leaves_the_table_and_the_picture(world, tmp_path, capsys):
     Image.new("RGB", (50, 30), (200, 10, 10)).save(tmp_path / "own.png")
     call(evaluation, f"{out} --pictures {tmp_path}/own.png --data none --img-size 32")
     picture = np.asarray(Image.open(out / "patches.png"))
-    assert picture.shape == (220, 1012, 3) and (picture[100, 90] == [200, 10, 10]).all()
+    assert picture.shape == (228, 1132, 3) and (picture[100, 90] == [200, 10, 10]).all()
     for words in ("--labels 0", "--device cuda:9", "--test nowhere", "--dtype int8"):
         assert words.split()[1] in error_of(capsys, evaluation, f"{out} {words}")
     assert f"{tmp_path} is no run" in error_of(capsys, evaluation, str(tmp_path))
@@ -566,11 +553,11 @@ def test_evaluation_leaves_the_table_and_the_picture(world, tmp_path, capsys):
     line = error_of(capsys, evaluation, f"{out} --labels 30 --test {' '.join(folders)}")
     assert "x.png" in line  # what was found until then is kept
     results = json.loads((out / "results.json").read_text())
+    assert results["epoch"] == 1 and results["config"]["epochs"] == 2
     rows = results["rows"]
     names = [row["distortion"] for row in rows]
     assert names[:2] == ["clean", "noise0.1-0.3+mask0.2"] and names[11:] == folders[:3]
     assert [row["trained"] for row in rows] == [False, True] + [False] * 12
-    assert results["epoch"] == 1 and results["config"]["epochs"] == 2
     assert all(len(row) == 13 for row in rows[:11]) and rows[1]["attn_teacher"] > 0
     assert rows[0]["recovered"] is None and abs(rows[0]["patch_teacher"]) < 1e-6
     for row in rows[1:11]:
@@ -582,36 +569,34 @@ def test_evaluation_leaves_the_table_and_the_picture(world, tmp_path, capsys):
     call(evaluation, f"{out} --labels 30")
     printed = capsys.readouterr().out
     assert "epoch 1 of 2" in printed and "is replaced" in printed and "-0.000" not in printed
-    assert json.loads((out / "results.json").read_text())["rows"] == rows[:11]
+    assert rows_of(out) == rows[:11]
 
 def test_images_of_one_class_have_distances_and_no_probes(world, tmp_path):
     for split in ("train", "val"):
         shutil.copytree(world / f"images/{split}/class0", tmp_path / f"one/{split}/all")
     call(distill, command(world, tmp_path / "run", f"--noise 0.2 --data {tmp_path}/one"))
     call(evaluation, f"{tmp_path}/run")
-    rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
+    rows = rows_of(tmp_path / "run")
     assert len(rows) == 11 and all(len(row) == 8 for row in rows)
 
-def test_distances_are_those_of_each_image_alone(world):
-    cfg = argparse.Namespace(device="cpu", dtype="float32", img_size=16, attn_blocks=2, mean=(0.5,) * 3,
-                             std=(0.5,) * 3)
+def test_distances_are_those_of_the_loss():
+    half = (0.5,) * 3
+    cfg = argparse.Namespace(device="cpu", dtype="float32", img_size=16, attn_blocks=2, mean=half,
+                             std=half)
     vits = {"teacher": small_vit(), "student": small_vit()}
     randomize(vits["student"])
     images = torch.randint(256, (7, 3, 16, 16), generator=seeded(0)).byte()
-    labels = torch.arange(7)
+    batches = [(images[:4], torch.arange(4)), (images[4:], torch.arange(4, 7))]
     kinds = [({}, False), ({"contrast": 0.5}, False)]
-    batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
-    found_labels, rows = distill.compare(vits, batches, cfg, kinds)
-    assert torch.equal(found_labels, labels)
-    with torch.no_grad():
-        for (severities, _), row in zip(kinds, rows, strict=True):
-            for who, vit in vits.items():
-                clean, shown = images / 255, distill.distort(images / 255, **severities)
-                x, target = [model(2 * image - 1, 2) for model, image in (
-                    (vit, shown), (vits["teacher"], clean))]
-                assert close(row[who], x.cls)
-                for term, value in distill.distill_loss(x, target)[1].items():
-                    assert torch.allclose(row[f"{term}_{who}"].mean(), value, atol=1e-5)
+    labels, rows = distill.compare(vits, batches, cfg, kinds)
+    assert torch.equal(labels, torch.arange(7))
+    for (severities, _), row in zip(kinds, rows, strict=True):
+        for who, vit in vits.items():
+            target = vits["teacher"](images / 127.5 - 1, 2)
+            x = vit(2 * distill.distort(images / 255, **severities) - 1, 2)
+            assert close(row[who], x.cls)
+            for term, value in distill.distill_loss(x, target)[1].items():
+                assert torch.allclose(row[f"{term}_{who}"].mean(), value, atol=1e-5)
 
 def test_the_default_run_trains_its_teacher_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -624,11 +609,10 @@ def test_the_default_run_trains_its_teacher_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize("more", ["", "--weights scratch --pretrain-epochs 1"])
 def test_a_killed_run_goes_on_to_the_same_bits(world, tmp_path, capsys, more):
     more += " --epochs 30 --noise 0.2 --mask 0 0.5 --one-of --clean 0.1"
-    whole = tmp_path / "whole"
-    broken = tmp_path / "broken"
+    whole, broken = [tmp_path / name for name in ("whole", "broken")]
     finish(start(command(world, whole, more)))
     last = broken / "last.pt"
-    words = command(world, broken, f"{more} --workers 2")  # workers outlive a killed run for a while
+    words = command(world, broken, f"{more} --workers 2")  # which outlive a killed run for a while
     for wait in (0.0, 0.02, 0.07):
         begun = last.stat().st_mtime_ns if last.exists() else 0
         process = start(words)
@@ -661,24 +645,23 @@ def test_a_folder_is_one_runs_at_a_time(world, tmp_path, capsys):
     assert "another process" in error_of(capsys, distill, words)
     process.kill()
     process.wait()
-    (out / "last.pt").unlink(missing_ok=True)
-    (out / "student.pth").unlink(missing_ok=True)
+    for name in ("last.pt", "student.pth"):
+        (out / name).unlink(missing_ok=True)
     assert "epochs 400, not 2" in error_of(capsys, distill, f"{words} --epochs 2")
-    with mock.patch.object(distill, "train", side_effect=KeyboardInterrupt):
-        with pytest.raises(KeyboardInterrupt):
-            call(distill, words)
+    interrupt = mock.patch.object(distill, "train", side_effect=KeyboardInterrupt)
+    with interrupt, pytest.raises(KeyboardInterrupt):
+        call(distill, words)
     call(distill, f"{words} --epochs 2")  # the claim was taken away
 
-LAUNCHER = "-m torch.distributed.run --standalone --nproc-per-node 2"
-
 def test_two_processes_end_where_one_does(world, tmp_path):
-    more = "--blur 1.0 --contrast 0.5 --lr 1e-3"
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    more = "--blur 1.0 --contrast 0.5 --lr 1e-3 --optimizer muon"
     finish(start(command(world, tmp_path / "one", more)))
-    finish(start(command(world, tmp_path / "two", more), LAUNCHER))
+    finish(start(command(world, tmp_path / "two", more), launcher))
     one, two = [weights_of(tmp_path / name / "student.pth") for name in ("one", "two")]
     assert (one - two).norm() < 0.05 * (one - weights_of(world / "vit.pth")).norm()
     assert np.ptp([log_of(tmp_path / name)[-1]["loss"] for name in ("one", "two")]) < 1e-4
-    process = start(command(world, tmp_path / "one", f"{more} --seed 3"), LAUNCHER)
+    process = start(command(world, tmp_path / "one", f"{more} --seed 3"), launcher)
     output, _ = process.communicate(timeout=300)
     assert output.count("error: ") == 1 and "seed 0, not 3" in output
 
@@ -692,6 +675,23 @@ def test_a_compiled_run_is_one_graph_and_ends_like_an_eager_one(world, tmp_path,
         call(distill, command(world, tmp_path / name, more))
     assert backend.call_count == 2  # a trial, then the whole: never compiled again
     assert same_students(tmp_path / "no-compile", tmp_path / "compile")
+
+def test_the_evidence_runs(world, tmp_path):
+    out = tmp_path / "run"
+    evidence = HERE / ".github/evidence"
+    words = command(world, out, "--noise 0 0.2 --blur 0 1 --one-of --epochs 1")
+    for line in (f"alternatives.py contrastive {words}", f"rows.py {out}", f"labels.py {out}",
+                 f"table.py {tmp_path}/t.json {out} --anew", f"corrupt.py {world}/images 16 10"):
+        if line.startswith("rows"):
+            call(evaluation, str(out))
+        done = subprocess.run([sys.executable, *f"{evidence}/{line}".split()], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "t.json").read_text())
+    assert rows.keys() == {"teacher", "anew", str(out)} and len(rows["anew"]) == 7
+    assert len(list(tmp_path.glob("images-*/*/*.png"))) == 32
+    for path in evidence.glob("*.py"):
+        compile(path.read_text(), path, "exec")
 
 # ---- What goes wrong -----------------------------------------------------------------------------
 BAD = (  # options / what the message says
@@ -723,14 +723,11 @@ def test_a_missing_network_is_an_error(data, module, tmp_path, monkeypatch, caps
     words = f"--data {data} --root {tmp_path}/here --device cpu --out {tmp_path}/run"
     assert "no network" in error_of(capsys, distill, words)
 
-def test_without_a_compiler_the_message_says_what_to_do(world, tmp_path, monkeypatch, capsys):
+def test_a_missing_compiler_and_emulated_bfloat16_are_said(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no compiler")))
     words = command(world, tmp_path / "run", "--noise 0.2 --compile")
     assert "--no-compile" in error_of(capsys, distill, words)
-
-def test_emulated_bfloat16_is_said(world, tmp_path, monkeypatch, capsys):
     for emulated in (False, True):
         monkeypatch.setattr(distill.Attention, "bfloat16_is_emulated", emulated)
-        words = command(world, tmp_path / f"run{emulated}", "--noise 0.2 --dtype bfloat16")
-        call(distill, words)
+        call(distill, command(world, tmp_path / f"{emulated}", "--noise 0.2 --dtype bfloat16"))
         assert ("emulates" in capsys.readouterr().out) == emulated
