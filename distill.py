@@ -34,7 +34,7 @@ from tqdm import tqdm
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun: this process's number,
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine,
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-BAR = {"unit": " images", "disable": True if RANK > 0 else None}  # None: where output is a file
+BAR = {"unit": " images", "disable": True if RANK > 0 else None}  # None: unless on a screen
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -312,6 +312,8 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         return torch.where(untouched, images, distorted).clamp(0, 1)
 
 # ---- The loss ------------------------------------------------------------------------------------
+# Only the paper's abstract and introduction could be read: which layers, directions and weights it
+# uses is not known. What follows is this repository's choice.
 # To add a term, list it here and compute it in distill_loss: weight, log and table follow.
 TERMS = ("global", "patch", "attn")
 
@@ -383,7 +385,8 @@ def draw_stripes(root, transform, download, n, seed):
     dataset.classes = list("0123456789")
     return dataset
 
-# To add a data set of torchvision, list it here; all it needs besides is a list of classes.
+# To add a data set of torchvision in colour, list it here: its class is called with root, transform
+# and download, and has to have a list of classes.
 DATA = {  # name: (side in pixels, class, what it takes for the training split, for the test split)
     "stripes": (32, draw_stripes, {"n": 8000, "seed": 1}, {"n": 1000, "seed": 0}),
     "cifar10": (32, datasets.CIFAR10, {"train": True}, {"train": False}),
@@ -508,7 +511,8 @@ def make_optimizers(trained, kind, lr):
 
 def train(module, dataset, cfg, epochs, lr, severities, state=None):
     """Train a module with the interface of Distillation. Yields a row of figures an epoch and the
-    state from which to go on; order follows (seed, epoch), distortions (seed, step, process)."""
+    state from which to go on. The order of images depends on (seed, epoch), a distortion on (seed,
+    step, process)."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(trained, cfg.optimizer, lr)
     if state:
@@ -520,7 +524,7 @@ def train(module, dataset, cfg, epochs, lr, severities, state=None):
         model = nn.parallel.DistributedDataParallel(model)
     generator = torch.Generator(cfg.device)
     steps = len(dataset) // cfg.batch_size  # an epoch, without the ragged last batch
-    order = []  # this process's images of an epoch, for the loader
+    order = []  # the loader draws in this order, which is filled anew, in place, for each epoch
     loader = make_loader(dataset, cfg, cfg.batch_size // WORLD, order)
     for epoch in range(state["epoch"] if state else 0, epochs):
         permutation = np.random.default_rng((cfg.seed, epoch)).permutation(len(dataset))
@@ -558,8 +562,8 @@ def train(module, dataset, cfg, epochs, lr, severities, state=None):
 def compare(vits, batches, cfg, kinds, seed=0, with_distances=True):
     """Show vits, {"teacher": …, "student": …}, the same distorted copies of batches of (images,
     labels), for each of kinds = [(severities, one_of), …]. Returns the labels [n] and for each kind
-    embeddings {"teacher": [n, D], …} and distances {"global_teacher": [n], …}, in distill_loss's
-    terms, from the teacher's features of the clean images."""
+    embeddings {"teacher": [n, D], …} and distances {"global_teacher": [n], …} (a batch's mean, once
+    for each of its images) in distill_loss's terms from the teacher's features of clean images."""
     attn_blocks = cfg.attn_blocks if with_distances else 0
     def features_of(who, images):
         with autocast(cfg):
@@ -620,7 +624,7 @@ def claim(cfg):
     return file
 
 def look(cfg, num_images):
-    """The teacher and the last checkpoint, if any, after a look at all that can be wrong."""
+    """The teacher and the last checkpoint, if any, after a look at what can be wrong."""
     last = f"{cfg.out}/last.pt"
     checkpoint = None
     if os.path.exists(last):
@@ -639,11 +643,13 @@ def look(cfg, num_images):
     weights = f"{cfg.out}/teacher.pth" if checkpoint else cfg.weights
     if weights != "scratch":
         teacher = load_vit(weights, cfg.img_size, cfg.num_heads)
-    elif cfg.img_size % 8:
-        raise UserError(f"--img-size {cfg.img_size} is not a multiple of 8")
+    elif cfg.img_size % 8 or 64 % (cfg.num_heads or 1):
+        raise UserError(f"--img-size {cfg.img_size} is not a multiple of 8, or --num-heads "
+                        "does not divide a width of 64")
     else:  # a grid of 8 by 8 patches
         torch.manual_seed(cfg.seed)
-        teacher = ViT(cfg.img_size, cfg.img_size // 8, embed_dim=64, depth=4, num_heads=1)
+        teacher = ViT(cfg.img_size, cfg.img_size // 8, embed_dim=64, depth=4,
+                      num_heads=cfg.num_heads or 1)
     if cfg.attn_blocks > len(teacher.blocks):
         raise UserError(f"--attn-blocks {cfg.attn_blocks} of a ViT of {len(teacher.blocks)}")
     return teacher, checkpoint
@@ -683,13 +689,12 @@ def distil(cfg, data, teacher, checkpoint):
 
 def run(cfg):
     """The whole run, in this process and in those that torchrun has started beside it."""
-    on_gpu = cfg.device == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(LOCAL_RANK)
     if WORLD > 1:
         print(f"process {RANK} waits for the other {WORLD - 1}", flush=True)
+        on_gpu = cfg.device == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    begun = [None]
+    claimed = None  # the first process's lock on --out
+    begun = [None]  # the first process's teacher and checkpoint, for all
     errors = [None] * WORLD
     try:
         if LOCAL_RANK == 0:  # a machine's first process downloads, the others wait
@@ -699,20 +704,20 @@ def run(cfg):
             claimed = claim(cfg)
     except (UserError, OSError) as error:
         errors[RANK] = error
-    if WORLD > 1:
-        dist.all_gather_object(errors, errors[RANK])
-        dist.broadcast_object_list(begun)
-    for rank, error in enumerate(errors):
-        if error:  # all end, one says why
-            raise error if rank == RANK else SystemExit(2)
     try:
+        if WORLD > 1:
+            dist.all_gather_object(errors, errors[RANK])
+            dist.broadcast_object_list(begun)
+        for rank, error in enumerate(errors):
+            if error:  # all end, one says why
+                raise error if rank == RANK else SystemExit(2)
         if LOCAL_RANK > 0:
             data = load_data(cfg)
         say(json.dumps(vars(cfg)))
         distil(cfg, data, *begun[0])
         say(f"{cfg.out} is finished; next: python eval.py {cfg.out}")
     finally:
-        if RANK == 0:
+        if claimed:
             claimed.close()
             if not os.path.exists(f"{cfg.out}/last.pt"):  # nothing was saved
                 os.unlink(f"{cfg.out}/config.json")
@@ -731,6 +736,7 @@ def at_least(low, kind=int):
         if not low <= kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} on")
         return kind(text)
+    parse.__name__ = kind.__name__  # for argparse's message
     return parse
 
 def make_parser():
@@ -777,6 +783,8 @@ def make_parser():
 def check_device(cfg):
     """Raise UserError for a device that is not there; say where bfloat16 will be slow."""
     try:
+        if cfg.device == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)
         torch.zeros(1, device=cfg.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device}: {error!r:.200}") from error

@@ -35,7 +35,9 @@ def fit_probe(x, y):
     std = x.std(dim=0, correction=0)
     std[std <= 1e-6 * mean.abs()] = torch.inf  # a constant feature counts as 0
     normal = (x - mean) / std
-    variance, axes = torch.linalg.eigh(normal.T @ normal / len(x))
+    variance, axes = torch.linalg.eigh((normal.T @ normal / len(x)).cpu())  # mps has none
+    variance = variance.to(x.device)
+    axes = axes.to(x.device)
     scale = (variance.clamp(min=0) + 0.1).rsqrt()
     def transform(x):  # [n, D + 1]: along scaled principal axes, which spares L-BFGS most steps
         return F.pad((x - mean) / std @ (axes * scale), (0, 1), value=1.0)  # the last for the bias
@@ -194,6 +196,7 @@ def parse_options(parser):
         raise distill.UserError(f"{run} is no run of distill.py that has finished an epoch")
     config = json.loads((run / "config.json").read_text())
     config["max_images"] = min(1000, config["max_images"] or 1000)
+    config["batch_size"] = max(64, config["batch_size"])
     config["seed"] = 0
     parser.set_defaults(**config)
     cfg = parser.parse_args()

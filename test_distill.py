@@ -606,7 +606,7 @@ def test_the_default_run_trains_its_teacher_first(tmp_path, monkeypatch):
     assert (config["one_of"], config["clean"], config["severities"]) == (True, 0.2, severities)
     call(evaluation, "runs/stripes-mixture --max-images 60")
 
-@pytest.mark.parametrize("more", ["", "--weights scratch --pretrain-epochs 1"])
+@pytest.mark.parametrize("more", ["", "--weights scratch --pretrain-epochs 1 --num-heads 2"])
 def test_a_killed_run_goes_on_to_the_same_bits(world, tmp_path, capsys, more):
     more += " --epochs 30 --noise 0.2 --mask 0 0.5 --one-of --clean 0.1"
     whole, broken = [tmp_path / name for name in ("whole", "broken")]
