@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """python .github/evidence/picture.py RUN FILE...: each photo under each kind of the mixture at its
-its highest severity, as eval.py draws them into RUN/patches.png; cosines of embedding and patches
+highest severity, as eval.py draws them into RUN/patches.png; cosines of embedding and patches
 with the teacher's at the clean photo, teacher → student; and README.png, of three of the rows.
 """
 import sys
