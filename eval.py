@@ -196,7 +196,6 @@ def parse_options(parser):
         raise distill.UserError(f"{run} is no run of distill.py that has finished an epoch")
     config = json.loads((run / "config.json").read_text())
     config["max_images"] = min(1000, config["max_images"] or 1000)
-    config["batch_size"] = max(64, config["batch_size"])
     config["seed"] = 0
     parser.set_defaults(**config)
     cfg = parser.parse_args()
