@@ -5,7 +5,7 @@ labels, to give the teacher's global embedding, patch features and attention map
 
     python distill.py                               draws images, trains its own teacher first
     python eval.py runs/stripes-mixture             distorted: teacher 77%, student 96% (means of
-                                                    4 seeds, 103 s on one CPU core, 2026)
+                                                    4 seeds, 102 s on one CPU core, 2026)
     python distill.py --data cifar10 --noise 0.1    downloads CIFAR-10 and DINOv2's ViT-S/14
 
 Shapes: B images, N patches, T = 1 + registers + N tokens, width D, S pixels a side when distorted.
