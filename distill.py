@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps  # which torchvision brings
+from PIL import Image, ImageOps, TiffImagePlugin  # which torchvision brings
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets, transforms
 from tqdm import tqdm
@@ -127,13 +127,14 @@ class ViT(nn.Module):
         if self.num_registers:  # they get no position embedding
             first = torch.cat([first, self.register_tokens], dim=1)
         x = torch.cat([first.expand(len(x), -1, -1), x], dim=1)  # [B, T, D]
-        first_map = len(self.blocks) - attn_blocks
         maps = []
         for i, block in enumerate(self.blocks):
-            x, attn = block(x, need_map=i >= first_map)
-            maps.append(attn)
+            need_map = i >= len(self.blocks) - attn_blocks
+            x, attn = block(x, need_map)
+            if need_map:
+                maps.append(attn)
         x = self.norm(x)
-        return Features(x[:, 0], x[:, 1 + self.num_registers:], tuple(maps[first_map:]))
+        return Features(x[:, 0], x[:, 1 + self.num_registers:], tuple(maps))
 
 # ---- Pretrained weights --------------------------------------------------------------------------
 WEIGHTS = {  # all under Apache 2.0
@@ -172,9 +173,9 @@ def find_vit(checkpoint):
     flat = flatten(checkpoint)
     end = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(end) for name in flat if name.endswith(end)]
-    preferred = ("model", "teacher", "student", "state_dict")  # in this order, if there are several
-    prefixes.sort(key=lambda prefix: [word not in prefix.split(".") for word in preferred])
-    prefix = prefixes[0] if prefixes else ""
+    for word in ("state_dict", "student", "teacher", "model"):  # the last decides, if there are
+        prefixes.sort(key=lambda prefix, word=word: word in prefix.split("."))  # several ViTs
+    prefix = prefixes[-1] if prefixes else ""
     others = ("head", "mask_token", "masked_embed", "decoder", "dino_head", "ibot_head",
               "pre_logits")
     names = [name.removeprefix(prefix) for name in flat if name.startswith(prefix)]
@@ -230,7 +231,8 @@ def prepare(images, img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     images = images.float()
     if images.shape[2:] != (img_size, img_size):  # antialias is Pillow's kernel, larger or smaller
         images = F.interpolate(images, (img_size, img_size), mode="bicubic", antialias=True)
-    mean, std = torch.tensor([mean, std], device=images.device).view(2, 3, 1, 1)
+    mean = torch.tensor(mean, device=images.device).view(3, 1, 1)
+    std = torch.tensor(std, device=images.device).view(3, 1, 1)
     return (images - mean) / std
 
 # ---- Distortions ---------------------------------------------------------------------------------
@@ -292,22 +294,23 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         raise ValueError(f"{clean=} is not from 0 to 1, or {unknown} not in {list(DISTORTIONS)}")
     kinds = []
     for name, (function, limit) in DISTORTIONS.items():
-        low, high = np.broadcast_to(severities.get(name, 0), 2).tolist()  # a number is both
-        if not 0 <= low <= high <= limit or math.isinf(high):
-            raise ValueError(f"{name} {low, high} does not ascend from 0 to {limit}")
-        if high > 0:
-            kinds.append((function, low, high))
+        ends = np.atleast_1d(severities.get(name, 0)).tolist()  # [number] or [low, high]
+        if len(ends) > 2 or not 0 <= ends[0] <= ends[-1] <= limit or math.isinf(ends[-1]):
+            raise ValueError(f"{name} {ends} is no number or range from 0 to {limit}")
+        if ends[-1] > 0:
+            kinds.append((function, ends[0], ends[-1]))
     with torch.autocast(images.device.type, enabled=False):
         images = images.float()
         per_image = (len(images), 1, 1, 1)
         source = {"generator": generator, "device": images.device}
-        choice = torch.randint(max(1, len(kinds)), per_image, **source)  # for one_of
+        own_kind = torch.randint(max(1, len(kinds)), per_image, **source)
         distorted = images
         for i, (function, low, high) in enumerate(kinds):
             severity = low + (high - low) * torch.rand(per_image, **source)
-            # With one_of an image takes only its own kind's change; until then it is undistorted.
             changed = function(distorted, severity, high, generator)
-            distorted = torch.where(choice == i, changed, distorted) if one_of else changed
+            if one_of:  # all others keep what they have
+                changed = torch.where(own_kind == i, changed, distorted)
+            distorted = changed
         untouched = torch.rand(per_image, **source) < clean
         return torch.where(untouched, images, distorted).clamp(0, 1)
 
@@ -399,9 +402,10 @@ def read_image(path):
     cannot read or reads wrongly."""
     try:
         image = Image.open(path)
-        tags = getattr(image, "tag_v2", {})  # of a TIFF: 284 planar configuration, 258 bits
-        planar = tags.get(284) == 2 and max(tags.get(258, [8])) > 8
-        if planar or image.mode[0] in "IF":
+        tags = getattr(image, "tag_v2", {})  # of a TIFF
+        bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, [8]))
+        in_planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2  # Pillow halves their bits
+        if image.mode[0] in "IF" or (in_planes and bits > 8):
             raise ValueError("it has more than 8 bits a channel")
         image.getexif()  # keeps the orientation
         for block in ("exif", "Raw profile type exif"):  # odd tags cannot be written again
@@ -436,8 +440,9 @@ def load_data(cfg):
     transform = square(cfg.data_size)
     try:
         if cfg.data in DATA:
-            _, kind, *splits = DATA[cfg.data]
-            both = [kind(cfg.root, transform=transform, download=True, **split) for split in splits]
+            _, dataset_class, *splits = DATA[cfg.data]
+            options = {"transform": transform, "download": True}
+            both = [dataset_class(cfg.root, **options, **split) for split in splits]
         else:
             second = "val" if os.path.isdir(f"{cfg.data}/val") else "test"
             both = [Folder(f"{cfg.data}/{split}", transform) for split in ("train", second)]
@@ -454,8 +459,14 @@ def load_data(cfg):
         return Subset(dataset, order[:cfg.max_images].tolist())
     return part(both[0]), part(both[1]), classes
 
+def random_order(num_images, n, seed, epochs):
+    """Indices of this process's images in one epoch after the other, n to an epoch in all."""
+    for epoch in epochs:
+        order = np.random.default_rng((seed, epoch)).permutation(num_images)
+        yield from order[:n][RANK::WORLD].tolist()
+
 def make_loader(dataset, cfg, batch_size, order=None):
-    """Batches of a data set, in the order of the given indices, read by --workers processes."""
+    """Batches of a data set, in its own order or that of given indices, read by --workers."""
     return DataLoader(  # with a generator of its own, so that the global one stays where it is
         dataset, batch_size, sampler=order, num_workers=cfg.workers, generator=torch.Generator(),
         persistent_workers=cfg.workers > 0, pin_memory=cfg.device.startswith("cuda"))
@@ -499,10 +510,10 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - lr * 0.05)  # weight decay, AdamW's
                 p.sub_(update, alpha=lr * 0.4 * max(m, n) ** 0.5)
 
-def make_optimizers(trained, kind, lr):
+def make_optimizers(trained, optimizer, lr):
     """AdamW for parameters {name: p}, or Muon for the blocks' matrices and AdamW for the rest."""
     matrices = [name for name, p in trained.items()
-                if kind == "muon" and "blocks." in name and p.ndim == 2]
+                if optimizer == "muon" and "blocks." in name and p.ndim == 2]
     others = [p for name, p in trained.items() if name not in matrices]
     optimizers = [torch.optim.AdamW(others, lr, weight_decay=0.05, fused=True)]
     if matrices:
@@ -524,14 +535,14 @@ def train(module, dataset, cfg, epochs, lr, severities, state=None):
         model = nn.parallel.DistributedDataParallel(model)
     generator = torch.Generator(cfg.device)
     steps = len(dataset) // cfg.batch_size  # an epoch, without the ragged last batch
-    order = []  # the loader draws in this order, which is filled anew, in place, for each epoch
-    loader = make_loader(dataset, cfg, cfg.batch_size // WORLD, order)
-    for epoch in range(state["epoch"] if state else 0, epochs):
-        permutation = np.random.default_rng((cfg.seed, epoch)).permutation(len(dataset))
-        order[:] = permutation[:steps * cfg.batch_size][RANK::WORLD].tolist()
-        sums = 0
-        bar = tqdm(loader, f"epoch {epoch + 1}", unit_scale=cfg.batch_size, **BAR)
-        for i, (images, labels) in enumerate(bar):
+    epochs_left = range(state["epoch"] if state else 0, epochs)
+    order = random_order(len(dataset), steps * cfg.batch_size, cfg.seed, epochs_left)
+    batches = iter(make_loader(dataset, cfg, cfg.batch_size // WORLD, order))
+    for epoch in epochs_left:
+        sums = 0  # of loss and terms
+        bar = tqdm(range(steps), f"epoch {epoch + 1}", unit_scale=cfg.batch_size, **BAR)
+        for i in bar:
+            images, labels = next(batches)
             if i == 0:
                 start = time.perf_counter()  # by now the loader's processes have started
             step = epoch * steps + i
@@ -546,7 +557,7 @@ def train(module, dataset, cfg, epochs, lr, severities, state=None):
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps, lr)
                 optimizer.step()
-            figures = {"loss": loss.detach(), **terms}
+            figures = {"loss": loss, **terms}
             sums += torch.stack([*figures.values()]).detach()
             if i % 20 == 0:  # reading the figures waits for the device
                 bar.set_postfix({name: value.item() for name, value in figures.items()})
@@ -554,39 +565,43 @@ def train(module, dataset, cfg, epochs, lr, severities, state=None):
             dist.all_reduce(sums)
         means = dict(zip(figures, (sums / steps / WORLD).tolist(), strict=True))
         rate = steps * cfg.batch_size / (time.perf_counter() - start)
-        state = {"epoch": epoch + 1, "module": {name: p.detach() for name, p in trained.items()},
-                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        yield {"epoch": epoch + 1, **means, "images_per_s": rate}, state
+        row = {"epoch": epoch + 1, **means, "images_per_s": rate}
+        yield row, {"epoch": epoch + 1, "module": {name: p.detach() for name, p in trained.items()},
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
 
 @torch.inference_mode()
 def compare(vits, batches, cfg, kinds, seed=0, with_distances=True):
     """Show vits, {"teacher": …, "student": …}, the same distorted copies of batches of (images,
-    labels), for each of kinds = [(severities, one_of), …]. Returns the labels [n] and for each kind
-    embeddings {"teacher": [n, D], …} and distances {"global_teacher": [n], …} (a batch's mean, once
-    for each of its images) in distill_loss's terms from the teacher's features of clean images."""
+    labels), for each of kinds, [(severities, one_of), …]. Returns the labels [n], and for each kind
+    the embeddings {"teacher": [n, D], …} and the distances from the teacher's features of clean
+    images in distill_loss's terms, {"global_teacher": a number, …}."""
     attn_blocks = cfg.attn_blocks if with_distances else 0
-    def features_of(who, images):
+    def features_of(vit, images):
         with autocast(cfg):
-            return vits[who](prepare(images, cfg.img_size, cfg.mean, cfg.std), attn_blocks)
+            return vit(prepare(images, cfg.img_size, cfg.mean, cfg.std), attn_blocks)
     seeds = range(1000 * seed, 1000 * seed + len(kinds))
     generators = [torch.Generator(cfg.device).manual_seed(number) for number in seeds]
     all_labels = []
-    rows = [defaultdict(list) for _ in kinds]
+    embeddings = [defaultdict(list) for _ in kinds]
+    distances = [defaultdict(float) for _ in kinds]
     for images, labels in batches:
         all_labels.append(labels)
         clean = images.to(cfg.device, non_blocking=True) / 255
-        target = features_of("teacher", clean)
-        for (severities, one_of), generator, row in zip(kinds, generators, rows, strict=True):
-            distorted = distort(clean, generator, one_of, **severities)
-            for who in vits:
+        target = features_of(vits["teacher"], clean)
+        for k, (severities, one_of) in enumerate(kinds):
+            distorted = distort(clean, generators[k], one_of, **severities)
+            for who, vit in vits.items():
                 is_target = who == "teacher" and not severities
-                features = target if is_target else features_of(who, distorted)
-                row[who].append(features.cls.float().clone())  # a view would keep patches, too
+                features = target if is_target else features_of(vit, distorted)
+                embeddings[k][who].append(features.cls.float().clone())  # a view keeps all tokens
                 terms = distill_loss(features, target)[1] if with_distances else {}
-                for term, value in terms.items():  # a batch's mean, for each of its images
-                    row[f"{term}_{who}"].append(value.expand(len(images)))
-    rows = [{name: torch.cat(parts) for name, parts in row.items()} for row in rows]
-    return torch.cat(all_labels), rows
+                for term, value in terms.items():
+                    distances[k][f"{term}_{who}"] += value * len(images)
+    labels = torch.cat(all_labels)
+    embeddings = [{who: torch.cat(parts) for who, parts in found.items()} for found in embeddings]
+    distances = [{name: (total / len(labels)).item() for name, total in found.items()}
+                 for found in distances]
+    return labels, embeddings, distances
 
 # ---- The run -------------------------------------------------------------------------------------
 def say(text):
@@ -599,10 +614,50 @@ def save(content, path):
         torch.save(content, f"{path}.part")
         os.replace(f"{path}.part", path)
 
+def read_checkpoint(out):
+    """A run's last.pt, or None where it has not yet finished an epoch."""
+    path = f"{out}/last.pt"
+    if not os.path.exists(path):
+        if os.path.exists(f"{out}/student.pth"):
+            raise UserError(f"--out {out} holds a student, and no last.pt from which to go on")
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is damaged raises many kinds
+        raise UserError(f"{path} is damaged: to begin anew, move {out} away") from error
+
+def make_teacher(cfg, weights):
+    """The ViT of weights; for "scratch" a small one with a grid of 8 by 8 patches."""
+    if weights != "scratch":
+        teacher = load_vit(weights, cfg.img_size, cfg.num_heads)
+    elif cfg.img_size % 8 or 64 % (cfg.num_heads or 1):
+        raise UserError(f"--img-size {cfg.img_size} is not a multiple of 8, or --num-heads "
+                        "does not divide a width of 64")
+    else:
+        torch.manual_seed(cfg.seed)
+        teacher = ViT(cfg.img_size, patch_size=cfg.img_size // 8, embed_dim=64, depth=4,
+                      num_heads=cfg.num_heads or 1)
+    if cfg.attn_blocks > len(teacher.blocks):
+        raise UserError(f"--attn-blocks {cfg.attn_blocks} of a ViT of {len(teacher.blocks)}")
+    return teacher
+
+def look(cfg, num_images):
+    """See whether the options fit together; returns the teacher and the last checkpoint, if any."""
+    if cfg.batch_size > num_images or cfg.batch_size % WORLD:
+        raise UserError(f"--batch-size {cfg.batch_size} of {num_images} images in {WORLD} parts")
+    try:
+        distort(torch.zeros(1, 3, cfg.data_size, cfg.data_size), clean=cfg.clean, **cfg.severities)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"at {cfg.data_size} pixels: {error}") from error
+    checkpoint = read_checkpoint(cfg.out)
+    weights = f"{cfg.out}/teacher.pth" if checkpoint else cfg.weights
+    return make_teacher(cfg, weights), checkpoint
+
 def claim(cfg):
     """Make --out this run's by its config.json; returns that file, locked until it is closed."""
     os.makedirs(cfg.out, exist_ok=True)
-    file = open(f"{cfg.out}/config.json", "a+")
+    path = Path(cfg.out, "config.json")
+    file = open(path, "a")  # creates it where it is missing
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -611,81 +666,62 @@ def claim(cfg):
         raise UserError(f"another process is at work in {cfg.out}") from None
     except (ImportError, OSError):  # Windows and some network folders have no locks
         pass
-    file.seek(0)
+    written = path.read_text()
     options = json.dumps(vars(cfg), indent=1)
-    old = json.loads(file.read() or options)
-    for name, value in json.loads(options).items():
+    if not written:
+        file.write(options)
+        file.flush()
+        return file
+    old = json.loads(written)
+    for name, value in json.loads(options).items():  # with lists for tuples, as in the file
         if old.get(name) != value and name not in ("out", "root", "device", "workers", "compile"):
             file.close()
             raise UserError(f"{cfg.out} holds a run with {name} {old.get(name)}, not {value}")
-    if file.tell() == 0:
-        file.write(options)
-        file.flush()
     return file
 
-def look(cfg, num_images):
-    """The teacher and the last checkpoint, if any, after a look at what can be wrong."""
-    last = f"{cfg.out}/last.pt"
-    checkpoint = None
-    if os.path.exists(last):
-        try:
-            checkpoint = torch.load(last, map_location="cpu", weights_only=True)
-        except Exception as error:  # what is damaged raises many kinds
-            raise UserError(f"{last} is damaged: to begin anew, move {cfg.out} away") from error
-    elif os.path.exists(f"{cfg.out}/student.pth"):
-        raise UserError(f"--out {cfg.out} holds a student, and no last.pt from which to go on")
-    if cfg.batch_size > num_images or cfg.batch_size % WORLD:
-        raise UserError(f"--batch-size {cfg.batch_size} of {num_images} images in {WORLD} parts")
-    try:
-        distort(torch.zeros(1, 3, cfg.data_size, cfg.data_size), clean=cfg.clean, **cfg.severities)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"at {cfg.data_size} pixels: {error}") from error
-    weights = f"{cfg.out}/teacher.pth" if checkpoint else cfg.weights
-    if weights != "scratch":
-        teacher = load_vit(weights, cfg.img_size, cfg.num_heads)
-    elif cfg.img_size % 8 or 64 % (cfg.num_heads or 1):
-        raise UserError(f"--img-size {cfg.img_size} is not a multiple of 8, or --num-heads "
-                        "does not divide a width of 64")
-    else:  # a grid of 8 by 8 patches
-        torch.manual_seed(cfg.seed)
-        teacher = ViT(cfg.img_size, cfg.img_size // 8, embed_dim=64, depth=4,
-                      num_heads=cfg.num_heads or 1)
-    if cfg.attn_blocks > len(teacher.blocks):
-        raise UserError(f"--attn-blocks {cfg.attn_blocks} of a ViT of {len(teacher.blocks)}")
-    return teacher, checkpoint
+def train_teacher(teacher, cfg, train_set, num_classes):
+    """Teach a scratch ViT the labels of clean images."""
+    classifier = Classifier(teacher, num_classes, cfg.img_size, cfg.mean, cfg.std)
+    classifier.to(cfg.device)
+    # At the student's higher rate attention gets too sharp to distil.
+    for row, _ in train(classifier, train_set, cfg, cfg.pretrain_epochs, 1e-3, severities={}):
+        say(f"teacher: {json.dumps(row)}")
 
-def distil(cfg, data, teacher, checkpoint):
-    """Train the student, and first a scratch teacher; write the run's folder."""
-    train_set, test_set, classes = data
-    inputs = (cfg.img_size, cfg.mean, cfg.std)
-    if cfg.weights == "scratch" and not checkpoint:
-        classifier = Classifier(teacher, len(classes), *inputs).to(cfg.device)
-        # At the student's higher rate attention gets too sharp to distil.
-        for row, _ in train(classifier, train_set, cfg, cfg.pretrain_epochs, 1e-3, severities={}):
-            say(f"teacher: {json.dumps(row)}")
+def train_student(teacher, cfg, train_set, test_set, checkpoint):
+    """Distil the teacher, from the checkpoint on if there is one; write the run's folder."""
     student = copy.deepcopy(teacher)  # before the teacher is frozen
-    module = Distillation(teacher, student, *inputs, cfg.attn_blocks, cfg.loss_weights)
+    module = Distillation(teacher, student, cfg.img_size, cfg.mean, cfg.std, cfg.attn_blocks,
+                          cfg.loss_weights)
     module.to(cfg.device)
+    if not checkpoint:
+        save(teacher.state_dict(), f"{cfg.out}/teacher.pth")
     log = checkpoint["log"] if checkpoint else []
-    def write(state):
-        save({**state, "log": log}, f"{cfg.out}/last.pt")  # before what can be made from it
+    def save_student():
         save(student.state_dict(), f"{cfg.out}/student.pth")
         if RANK == 0:
             Path(cfg.out, "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in log))
-    if checkpoint:
-        module.load_state_dict(checkpoint["module"], strict=False)
-        write(checkpoint)  # an interruption may have come after last.pt
-    save(teacher.state_dict(), f"{cfg.out}/teacher.pth")
-    held_out = make_loader(Subset(test_set, range(len(test_set))[:500]), cfg, cfg.batch_size)
     vits = {"teacher": teacher, "student": student}
+    held_out = make_loader(Subset(test_set, range(len(test_set))[:500]), cfg, cfg.batch_size)
     for row, state in train(module, train_set, cfg, cfg.epochs, cfg.lr, cfg.severities, checkpoint):
-        _, [found] = compare(vits, held_out, cfg, [(cfg.severities, cfg.one_of)])
-        row |= {name: x.mean().item() for name, x in found.items() if name not in vits}
+        _, _, [distances] = compare(vits, held_out, cfg, [(cfg.severities, cfg.one_of)])
+        row |= distances
         log.append(row)
         say(json.dumps(row))
         if not all(math.isfinite(value) for value in row.values()):
             raise UserError("the last row is not finite: lower --lr, with another --out")
-        write(state)
+        save({**state, "log": log}, f"{cfg.out}/last.pt")  # before what can be made from it
+        save_student()
+    save_student()  # again, for a run that was stopped just after its last epoch's last.pt
+
+def end_together(error):
+    """Ends all processes if one of them has an error, which that one raises."""
+    errors = [error] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(errors, error)
+    if error:
+        raise error
+    if any(errors):
+        raise SystemExit(2)
 
 def run(cfg):
     """The whole run, in this process and in those that torchrun has started beside it."""
@@ -693,28 +729,26 @@ def run(cfg):
         print(f"process {RANK} waits for the other {WORLD - 1}", flush=True)
         on_gpu = cfg.device == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    claimed = None  # the first process's lock on --out
-    begun = [None]  # the first process's teacher and checkpoint, for all
-    errors = [None] * WORLD
+    error = claimed = None
+    found = [None, None]  # teacher and checkpoint, the first process's for all
     try:
         if LOCAL_RANK == 0:  # a machine's first process downloads, the others wait
             data = load_data(cfg)
         if RANK == 0:
-            begun = [look(cfg, len(data[0]))]
+            found = [*look(cfg, len(data[0]))]
             claimed = claim(cfg)
-    except (UserError, OSError) as error:
-        errors[RANK] = error
+    except (UserError, OSError) as raised:
+        error = raised
     try:
+        end_together(error)
         if WORLD > 1:
-            dist.all_gather_object(errors, errors[RANK])
-            dist.broadcast_object_list(begun)
-        for rank, error in enumerate(errors):
-            if error:  # all end, one says why
-                raise error if rank == RANK else SystemExit(2)
-        if LOCAL_RANK > 0:
-            data = load_data(cfg)
+            dist.broadcast_object_list(found)
+        teacher, checkpoint = found
+        train_set, test_set, classes = data if LOCAL_RANK == 0 else load_data(cfg)
         say(json.dumps(vars(cfg)))
-        distil(cfg, data, *begun[0])
+        if cfg.weights == "scratch" and not checkpoint:
+            train_teacher(teacher, cfg, train_set, len(classes))
+        train_student(teacher, cfg, train_set, test_set, checkpoint)
         say(f"{cfg.out} is finished; next: python eval.py {cfg.out}")
     finally:
         if claimed:
@@ -791,11 +825,18 @@ def check_device(cfg):
     if (cfg.device, cfg.dtype) == ("cpu", "bfloat16") and Attention.bfloat16_is_emulated:
         say("this processor emulates bfloat16: --dtype float32 is many times faster")
 
+def can_compile(device):
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except Exception:  # no C compiler, no Triton, an old card: each raises its own kind
+        return False
+    return True
+
 def fill_in(cfg):
     """Give options that were not typed their values, which depend on others."""
-    typed = {name: vars(cfg).pop(name) for name in DISTORTIONS}
-    cfg.severities = {name: value for name, value in typed.items() if value}
-    kinds = describe(cfg.severities, cfg.one_of) if cfg.severities else "mixture"
+    given = {name: vars(cfg).pop(name) for name in DISTORTIONS}
+    cfg.severities = {name: value for name, value in given.items() if value}
+    distortions = describe(cfg.severities, cfg.one_of) if cfg.severities else "mixture"
     cfg.data_size = cfg.data_size or (DATA[cfg.data][0] if cfg.data in DATA else 224)
     if not cfg.severities:
         blur = [0, 1.5 * cfg.data_size / 32]
@@ -804,7 +845,7 @@ def fill_in(cfg):
         cfg.clean = 0.2 if cfg.clean is None else cfg.clean
     cfg.clean = cfg.clean or 0.0
     seed = f"-seed{cfg.seed}" if cfg.seed else ""
-    cfg.out = cfg.out or f"runs/{os.path.basename(os.path.abspath(cfg.data))}-{kinds}{seed}"
+    cfg.out = cfg.out or f"runs/{Path(cfg.data).resolve().name}-{distortions}{seed}"
     cfg.weights = cfg.weights or ("scratch" if cfg.data == "stripes" else "dinov2_vits14")
     scratch = cfg.weights == "scratch"
     cfg.img_size = cfg.img_size or (cfg.data_size if scratch else 224)
@@ -814,15 +855,10 @@ def fill_in(cfg):
     on_gpu = cfg.device.startswith("cuda")
     cfg.dtype = cfg.dtype or ("bfloat16" if on_gpu else "float32")
     check_device(cfg)
-    asked = cfg.compile
-    cfg.compile = on_gpu if asked is None else asked
-    try:
-        if cfg.compile:
-            torch.compile(lambda x: x + 1)(torch.ones(1, device=cfg.device))
-    except Exception as error:  # no C compiler, no Triton, an old card: each raises its own kind
-        cfg.compile = False
-        if asked:
-            raise UserError("this machine cannot compile: try --no-compile") from error
+    if cfg.compile is None:  # not typed
+        cfg.compile = on_gpu and can_compile(cfg.device)
+    elif cfg.compile and not can_compile(cfg.device):
+        raise UserError("this machine cannot compile: try --no-compile")
 
 def main():
     parser = make_parser()

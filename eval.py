@@ -106,25 +106,24 @@ def evaluate(cfg, vits, train_set, test_set, classes, tests):
         batches = tqdm(batches, "evaluating", unit_scale=cfg.batch_size, **distill.BAR)
         return distill.compare(vits, batches, cfg, kinds, **more)
     kinds = kinds_of(cfg)
-    test_y, test = show(test_set, kinds, seed=2 * cfg.seed + 1)
+    test_y, test_x, distances = show(test_set, kinds, seed=2 * cfg.seed + 1)
     if len(classes) > 1:
-        train_y, train = show(train_set, kinds, seed=2 * cfg.seed, with_distances=False)
-        clean_probe = fit_probe(train[0]["teacher"], train_y)
-        clean_accuracy = accuracy(clean_probe, test[0]["teacher"], test_y)
+        train_y, train_x, _ = show(train_set, kinds, seed=2 * cfg.seed, with_distances=False)
+        clean_probe = fit_probe(train_x[0]["teacher"], train_y)
+        clean_accuracy = accuracy(clean_probe, test_x[0]["teacher"], test_y)
     for i, kind in enumerate(kinds):
-        row = {"distortion": distill.describe(*kind), "trained": i == 1}
-        row |= {name: x.mean().item() for name, x in test[i].items() if name not in vits}
+        row = {"distortion": distill.describe(*kind), "trained": i == 1, **distances[i]}
         if len(classes) > 1:
             for who in vits:
-                x = test[i][who]
-                row[f"probe_{who}"] = linear_probe(train[i][who], train_y, x, test_y)
+                x = test_x[i][who]
+                row[f"probe_{who}"] = linear_probe(train_x[i][who], train_y, x, test_y)
                 row[f"clean_probe_{who}"] = accuracy(clean_probe, x, test_y)
             lost = clean_accuracy - row["probe_teacher"]
             won = row["probe_student"] - row["probe_teacher"]
             row["recovered"] = won / lost if round(lost, 4) >= 0.01 else None
         yield row
     for folder, dataset in tests.items():
-        test_y, [test_x] = show(dataset, [({}, False)], with_distances=False)
+        test_y, [test_x], _ = show(dataset, [({}, False)], with_distances=False)
         right = {f"clean_probe_{who}": accuracy(clean_probe, test_x[who], test_y) for who in vits}
         yield {"distortion": folder, "trained": False, **right}
 

@@ -14,10 +14,9 @@ runs = sys.argv[1:]
 cfg, _, (test, labels) = load(runs[0], 1, 1000)
 vits = {"teacher": vit(runs[0], cfg, "teacher"), **{run: vit(run, cfg) for run in runs}}
 batches = zip(test.split(64), labels.split(64), strict=True)
-_, found = distill.compare(vits, batches, cfg, [(kind, False) for kind in KINDS], seed=1)
+_, _, found = distill.compare(vits, batches, cfg, [(kind, False) for kind in KINDS], seed=1)
 rows = {}
-for kind, row in zip(KINDS, found, strict=True):
-    distances = {name: round(x.mean().item(), 4) for name, x in row.items() if x.ndim == 1}
-    rows[distill.describe(kind, False)] = distances
+for kind, distances in zip(KINDS, found, strict=True):
+    rows[distill.describe(kind, False)] = {name: round(x, 4) for name, x in distances.items()}
     print(kind, distances, flush=True)
 Path("levels.json").write_text(json.dumps(rows))
