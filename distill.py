@@ -49,7 +49,7 @@ class Features(NamedTuple):
     attn: tuple = ()  # a map [B, heads, T, T] in float32 for each block asked for, in order
 
 class Attention(nn.Module):
-    # x86 processors without AVX512-BF16 or AMX emulate bfloat16.
+    # x86 processors ("AVX2", "AVX512") without AVX512-BF16 or AMX emulate bfloat16.
     bfloat16_is_emulated = torch.backends.cpu.get_cpu_capability().startswith("AVX") and not (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
@@ -156,7 +156,7 @@ def resize_pos_embed(pos_embed, side, has_registers):
     grid = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (n, n))  # [1, D, n, n]
     if has_registers:  # as in DINOv2's models with registers
         grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
-    else:  # DINO and DINOv2 scale by a little more (dino issue 8); others' weights, too: our choice
+    else:  # DINO and DINOv2 add 0.1 (dino issue 8); so do we for others' weights
         grid = F.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic")
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
@@ -169,13 +169,12 @@ def flatten(content, prefix=""):
     return flat
 
 def find_vit(checkpoint):
-    """The state dict of the ViT in a checkpoint, its names without what stands before DINO's."""
+    """The state dict of the ViT in a checkpoint: "teacher.backbone.norm.bias" as "norm.bias"."""
     flat = flatten(checkpoint)
     end = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(end) for name in flat if name.endswith(end)]
-    for word in ("state_dict", "student", "teacher", "model"):  # the last decides, if there are
-        prefixes.sort(key=lambda prefix, word=word: word in prefix.split("."))  # several ViTs
-    prefix = prefixes[-1] if prefixes else ""
+    words = ("model", "teacher", "student", "state_dict")  # of several ViTs, the first word's
+    prefix = max(prefixes, default="", key=lambda p: [word in p.split(".") for word in words])
     others = ("head", "mask_token", "masked_embed", "decoder", "dino_head", "ibot_head",
               "pre_logits")
     names = [name.removeprefix(prefix) for name in flat if name.startswith(prefix)]
@@ -187,9 +186,9 @@ def build_vit(state, img_size, num_heads):
     depth = sum(name.endswith(".norm1.weight") for name in state)  # one a block
     mlp_ratio = len(state["blocks.0.mlp.fc1.weight"]) / embed_dim
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    if num_heads is None:  # no shape tells
+    if num_heads is None:  # no shape tells; a fraction is refused
         num_heads = 16 if embed_dim in (1280, 1408, 1664) else embed_dim / 64
-    if embed_dim % num_heads or num_heads % 1:
+    if embed_dim % num_heads or num_heads != int(num_heads):
         raise UserError(f"its width {embed_dim} has no {num_heads:g} heads: see --num-heads")
     vit = ViT(img_size, patch_size, embed_dim, depth, int(num_heads), mlp_ratio, registers,
               layer_scale="blocks.0.ls1.gamma" in state)
@@ -208,7 +207,7 @@ def load_vit(weights, img_size, num_heads=None):
     cannot be had or do not fit, img_size included."""
     options = {"map_location": "cpu", "weights_only": True}  # so that no file runs code
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]):  # their training's options
             if weights in WEIGHTS:
                 checkpoint = torch.hub.load_state_dict_from_url(WEIGHTS[weights], **options)
             else:
@@ -229,16 +228,16 @@ def prepare(images, img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}, not floats in [0, 1]")
     images = images.float()
-    if images.shape[2:] != (img_size, img_size):  # antialias is Pillow's kernel, larger or smaller
+    if images.shape[2:] != (img_size, img_size):  # antialias: Pillow's kernel
         images = F.interpolate(images, (img_size, img_size), mode="bicubic", antialias=True)
     mean = torch.tensor(mean, device=images.device).view(3, 1, 1)
     std = torch.tensor(std, device=images.device).view(3, 1, 1)
     return (images - mean) / std
 
 # ---- Distortions ---------------------------------------------------------------------------------
-# To add one, write a function and list it in DISTORTIONS: option, names of runs and evaluation
-# follow. It takes images [B, 3, H, W], the severity of each [B, 1, 1, 1], the highest that may
-# occur (it sizes blur's kernel) and a generator. Its docstring is the option's help.
+# To add one, write a function and list it in DISTORTIONS: option, run name and the evaluation of
+# such runs follow. It takes images [B, 3, H, W], the severity of each [B, 1, 1, 1], the highest that
+# may occur (it sizes blur's kernel) and a generator. Its docstring is the option's help.
 def blur(images, severity, highest, generator):
     """sigma of a Gaussian in pixels, edges reflected"""
     B, _, H, W = images.shape
@@ -303,7 +302,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         images = images.float()
         per_image = (len(images), 1, 1, 1)
         source = {"generator": generator, "device": images.device}
-        own_kind = torch.randint(max(1, len(kinds)), per_image, **source)
+        own_kind = torch.randint(len(kinds) or 1, per_image, **source)  # for one_of; 0 is no range
         distorted = images
         for i, (function, low, high) in enumerate(kinds):
             severity = low + (high - low) * torch.rand(per_image, **source)
@@ -342,32 +341,34 @@ class Distillation(nn.Module):
         super().__init__()
         self.teacher = teacher.requires_grad_(False)
         self.student = student
-        self.inputs = (img_size, mean, std)
+        self.prepare_args = (img_size, mean, std)
         self.attn_blocks = attn_blocks
         self.term_weights = term_weights
 
     def forward(self, clean, distorted, labels=None):
         """Images [B, 3, S, S] in [0, 1] (labels are not used): the loss, and its terms by name."""
         with torch.no_grad():
-            target = self.teacher(prepare(clean, *self.inputs), self.attn_blocks)
-        features = self.student(prepare(distorted, *self.inputs), self.attn_blocks)
+            target = self.teacher(prepare(clean, *self.prepare_args), self.attn_blocks)
+        features = self.student(prepare(distorted, *self.prepare_args), self.attn_blocks)
         return distill_loss(features, target, self.term_weights)
 
 class Classifier(nn.Module):
-    """A ViT and a linear layer that learn labels [B], to train a scratch teacher."""
+    """A ViT and a linear layer that learn labels [B] of distorted images: without severities, as a
+    scratch teacher is trained, these are the clean ones."""
     def __init__(self, vit, num_classes, img_size, mean, std):
         super().__init__()
         self.vit = vit
         self.head = nn.Linear(vit.cls_token.shape[-1], num_classes)
-        self.inputs = (img_size, mean, std)
+        self.prepare_args = (img_size, mean, std)
 
     def forward(self, clean, distorted, labels):
-        logits = self.head(self.vit(prepare(distorted, *self.inputs)).cls)  # [B, num_classes]
+        logits = self.head(self.vit(prepare(distorted, *self.prepare_args)).cls)  # [B, num_classes]
         return F.cross_entropy(logits.float(), labels), {}
 
 # ---- Data ----------------------------------------------------------------------------------------
 def draw_stripes(root, transform, download, n, seed):
-    """n drawings of a disc of stripes; the label is the stripes' direction, one of ten."""
+    """n drawings of a disc of stripes; the label is their direction, one of ten. Called as
+    torchvision's data sets are: see DATA."""
     uniform = np.random.default_rng(seed).uniform
     y, x = np.mgrid[:32, :32] / 32  # lengths are in sides of the image
     images = []
@@ -407,9 +408,9 @@ def read_image(path):
         in_planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2  # Pillow halves their bits
         if image.mode[0] in "IF" or (in_planes and bits > 8):
             raise ValueError("it has more than 8 bits a channel")
-        image.getexif()  # keeps the orientation
-        for block in ("exif", "Raw profile type exif"):  # odd tags cannot be written again
-            image.info.pop(block, None)
+        image.getexif()  # remembers the orientation
+        for block in ("exif", "Raw profile type exif"):  # else exif_transpose writes all tags anew,
+            image.info.pop(block, None)  # and fails at odd ones
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow raises many kinds
         raise OSError(f"cannot read the image {path}: {error}") from error
@@ -420,7 +421,7 @@ def square(size):
     return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
 
 class Folder(datasets.ImageFolder):
-    """The images in a folder's class folders: all that Pillow opens, but nothing hidden."""
+    """The images in a folder's class folders: all that Pillow opens, no hidden folders or files."""
     def __init__(self, root, transform):
         super().__init__(root, transform, loader=read_image, is_valid_file=self.is_image)
 
@@ -429,10 +430,10 @@ class Folder(datasets.ImageFolder):
         return classes, {name: i for i, name in enumerate(classes)}
 
     def is_image(self, path):
-        kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+        name = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
         # Some formats Pillow only writes or leaves to other programs; some are no photos.
         others = (None, "BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
-        return kind not in others and f"{os.sep}." not in path.removeprefix(self.root)
+        return name not in others and f"{os.sep}." not in path.removeprefix(self.root)
 
 def load_data(cfg):
     """The training and the test set, of (uint8 [3, S, S], label), --max-images of each in a random
@@ -441,8 +442,8 @@ def load_data(cfg):
     try:
         if cfg.data in DATA:
             _, dataset_class, *splits = DATA[cfg.data]
-            options = {"transform": transform, "download": True}
-            both = [dataset_class(cfg.root, **options, **split) for split in splits]
+            both = [dataset_class(cfg.root, transform=transform, download=True, **split)
+                    for split in splits]
         else:
             second = "val" if os.path.isdir(f"{cfg.data}/val") else "test"
             both = [Folder(f"{cfg.data}/{split}", transform) for split in ("train", second)]
@@ -460,21 +461,22 @@ def load_data(cfg):
     return part(both[0]), part(both[1]), classes
 
 def random_order(num_images, n, seed, epochs):
-    """Indices of this process's images in one epoch after the other, n to an epoch in all."""
+    """A sampler: this process's share of n random images, epoch after epoch."""
     for epoch in epochs:
         order = np.random.default_rng((seed, epoch)).permutation(num_images)
         yield from order[:n][RANK::WORLD].tolist()
 
 def make_loader(dataset, cfg, batch_size, order=None):
     """Batches of a data set, in its own order or that of given indices, read by --workers."""
-    return DataLoader(  # with a generator of its own, so that the global one stays where it is
-        dataset, batch_size, sampler=order, num_workers=cfg.workers, generator=torch.Generator(),
-        persistent_workers=cfg.workers > 0, pin_memory=cfg.device.startswith("cuda"))
+    return DataLoader(
+        dataset, batch_size, sampler=order, num_workers=cfg.workers,
+        persistent_workers=cfg.workers > 0, pin_memory=cfg.device.startswith("cuda"),
+        generator=torch.Generator())  # of its own, for users of the global one
 
 # ---- Training ------------------------------------------------------------------------------------
 def autocast(cfg):
-    kind = torch.device(cfg.device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    device_type = torch.device(cfg.device).type
+    return torch.autocast(device_type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 def learning_rate(step, total_steps, peak):
     """The lower of a linear warm-up over 3% of the steps and half a cosine to zero."""
@@ -497,7 +499,8 @@ class Muon(torch.optim.Optimizer):
                 same_shape[p.shape].append(p)
         for (m, n), params in same_shape.items():
             grads = torch.stack([p.grad for p in params])  # [k, m, n]
-            momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
+            state = self.state[params[0]]  # of all matrices of this shape
+            momentum = state.setdefault("momentum", torch.zeros_like(grads))
             momentum.lerp_(grads, 1 - 0.9)
             x = grads.lerp(momentum, 0.9)  # Nesterov's
             x = x.mT if m > n else x
@@ -523,7 +526,7 @@ def make_optimizers(trained, optimizer, lr):
 def train(module, dataset, cfg, epochs, lr, severities, state=None):
     """Train a module with the interface of Distillation. Yields a row of figures an epoch and the
     state from which to go on. The order of images depends on (seed, epoch), a distortion on (seed,
-    step, process)."""
+    step, process), for up to a million steps."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(trained, cfg.optimizer, lr)
     if state:
@@ -539,7 +542,7 @@ def train(module, dataset, cfg, epochs, lr, severities, state=None):
     order = random_order(len(dataset), steps * cfg.batch_size, cfg.seed, epochs_left)
     batches = iter(make_loader(dataset, cfg, cfg.batch_size // WORLD, order))
     for epoch in epochs_left:
-        sums = 0  # of loss and terms
+        sums = 0  # of loss and terms; a tensor from the first step on
         bar = tqdm(range(steps), f"epoch {epoch + 1}", unit_scale=cfg.batch_size, **BAR)
         for i in bar:
             images, labels = next(batches)
@@ -570,37 +573,38 @@ def train(module, dataset, cfg, epochs, lr, severities, state=None):
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
 
 @torch.inference_mode()
-def compare(vits, batches, cfg, kinds, seed=0, with_distances=True):
+def compare(vits, batches, cfg, conditions, seed=0, with_distances=True):
     """Show vits, {"teacher": …, "student": …}, the same distorted copies of batches of (images,
-    labels), for each of kinds, [(severities, one_of), …]. Returns the labels [n], and for each kind
-    the embeddings {"teacher": [n, D], …} and the distances from the teacher's features of clean
-    images in distill_loss's terms, {"global_teacher": a number, …}."""
+    labels), once for each of conditions, [(severities, one_of), …]. Returns the labels [n] and two
+    lists with an entry a condition: embeddings, {"teacher": [n, D], …}, and distances from the
+    teacher's features of clean images by distill_loss, {"global_teacher": a number, …}."""
     attn_blocks = cfg.attn_blocks if with_distances else 0
     def features_of(vit, images):
         with autocast(cfg):
             return vit(prepare(images, cfg.img_size, cfg.mean, cfg.std), attn_blocks)
-    seeds = range(1000 * seed, 1000 * seed + len(kinds))
+    seeds = range(1000 * seed, 1000 * seed + len(conditions))
     generators = [torch.Generator(cfg.device).manual_seed(number) for number in seeds]
     all_labels = []
-    embeddings = [defaultdict(list) for _ in kinds]
-    distances = [defaultdict(float) for _ in kinds]
+    parts = [{who: [] for who in vits} for _ in conditions]  # of the embeddings, by batches
+    sums = [defaultdict(float) for _ in conditions]  # of the distances, over images
     for images, labels in batches:
         all_labels.append(labels)
         clean = images.to(cfg.device, non_blocking=True) / 255
         target = features_of(vits["teacher"], clean)
-        for k, (severities, one_of) in enumerate(kinds):
+        for k, (severities, one_of) in enumerate(conditions):
             distorted = distort(clean, generators[k], one_of, **severities)
             for who, vit in vits.items():
-                is_target = who == "teacher" and not severities
-                features = target if is_target else features_of(vit, distorted)
-                embeddings[k][who].append(features.cls.float().clone())  # a view keeps all tokens
+                if who == "teacher" and not severities:
+                    features = target  # the same images
+                else:
+                    features = features_of(vit, distorted)
+                parts[k][who].append(features.cls.float().clone())  # a view would keep all tokens
                 terms = distill_loss(features, target)[1] if with_distances else {}
                 for term, value in terms.items():
-                    distances[k][f"{term}_{who}"] += value * len(images)
+                    sums[k][f"{term}_{who}"] += value * len(images)
     labels = torch.cat(all_labels)
-    embeddings = [{who: torch.cat(parts) for who, parts in found.items()} for found in embeddings]
-    distances = [{name: (total / len(labels)).item() for name, total in found.items()}
-                 for found in distances]
+    embeddings = [{who: torch.cat(tensors) for who, tensors in found.items()} for found in parts]
+    distances = [{name: x.item() / len(labels) for name, x in found.items()} for found in sums]
     return labels, embeddings, distances
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -641,13 +645,13 @@ def make_teacher(cfg, weights):
         raise UserError(f"--attn-blocks {cfg.attn_blocks} of a ViT of {len(teacher.blocks)}")
     return teacher
 
-def look(cfg, num_images):
+def open_run(cfg, num_images):
     """See whether the options fit together; returns the teacher and the last checkpoint, if any."""
     if cfg.batch_size > num_images or cfg.batch_size % WORLD:
         raise UserError(f"--batch-size {cfg.batch_size} of {num_images} images in {WORLD} parts")
     try:
         distort(torch.zeros(1, 3, cfg.data_size, cfg.data_size), clean=cfg.clean, **cfg.severities)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: more than the memory
         raise UserError(f"at {cfg.data_size} pixels: {error}") from error
     checkpoint = read_checkpoint(cfg.out)
     weights = f"{cfg.out}/teacher.pth" if checkpoint else cfg.weights
@@ -660,19 +664,17 @@ def claim(cfg):
     file = open(path, "a")  # creates it where it is missing
     try:
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.register_at_fork(after_in_child=file.close)  # a loader's process would keep the lock
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as this process lives
+        os.register_at_fork(after_in_child=file.close)  # else its loader's keep the lock
     except BlockingIOError:
         raise UserError(f"another process is at work in {cfg.out}") from None
     except (ImportError, OSError):  # Windows and some network folders have no locks
         pass
-    written = path.read_text()
     options = json.dumps(vars(cfg), indent=1)
-    if not written:
+    if not path.read_text():  # just created
         file.write(options)
         file.flush()
-        return file
-    old = json.loads(written)
+    old = json.loads(path.read_text())
     for name, value in json.loads(options).items():  # with lists for tuples, as in the file
         if old.get(name) != value and name not in ("out", "root", "device", "workers", "compile"):
             file.close()
@@ -714,7 +716,7 @@ def train_student(teacher, cfg, train_set, test_set, checkpoint):
     save_student()  # again, for a run that was stopped just after its last epoch's last.pt
 
 def end_together(error):
-    """Ends all processes if one of them has an error, which that one raises."""
+    """Raise this process's error, if it has one; if only another has, end without a word."""
     errors = [error] * WORLD
     if WORLD > 1:
         dist.all_gather_object(errors, error)
@@ -729,22 +731,22 @@ def run(cfg):
         print(f"process {RANK} waits for the other {WORLD - 1}", flush=True)
         on_gpu = cfg.device == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    error = claimed = None
+    error = claimed = data = None
     found = [None, None]  # teacher and checkpoint, the first process's for all
     try:
         if LOCAL_RANK == 0:  # a machine's first process downloads, the others wait
             data = load_data(cfg)
         if RANK == 0:
-            found = [*look(cfg, len(data[0]))]
+            found = list(open_run(cfg, len(data[0])))
             claimed = claim(cfg)
     except (UserError, OSError) as raised:
-        error = raised
+        error = raised  # by end_together, or the other processes would wait for ever
     try:
         end_together(error)
         if WORLD > 1:
             dist.broadcast_object_list(found)
         teacher, checkpoint = found
-        train_set, test_set, classes = data if LOCAL_RANK == 0 else load_data(cfg)
+        train_set, test_set, classes = data or load_data(cfg)
         say(json.dumps(vars(cfg)))
         if cfg.weights == "scratch" and not checkpoint:
             train_teacher(teacher, cfg, train_set, len(classes))
@@ -759,18 +761,17 @@ def run(cfg):
 # ---- The options ---------------------------------------------------------------------------------
 def describe(severities, one_of):
     """Distortions as text: noise0.1, blur1+noise0-0.4, blur1-or-noise0.1."""
-    parts = []
-    for name, value in severities.items():
-        parts.append(name + "-".join(f"{end:g}" for end in np.unique(value)))
+    parts = [name + "-".join(f"{end:g}" for end in np.unique(value))
+             for name, value in severities.items()]
     return ("-or-" if one_of else "+").join(parts) or "clean"
 
-def at_least(low, kind=int):
+def at_least(low, number=int):
     """A type for argparse: finite numbers from low on."""
     def parse(text):
-        if not low <= kind(text) < math.inf:
+        if not low <= number(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} on")
-        return kind(text)
-    parse.__name__ = kind.__name__  # for argparse's message
+        return number(text)
+    parse.__name__ = number.__name__  # for argparse's message
     return parse
 
 def make_parser():
@@ -834,16 +835,21 @@ def can_compile(device):
 
 def fill_in(cfg):
     """Give options that were not typed their values, which depend on others."""
-    given = {name: vars(cfg).pop(name) for name in DISTORTIONS}
-    cfg.severities = {name: value for name, value in given.items() if value}
-    distortions = describe(cfg.severities, cfg.one_of) if cfg.severities else "mixture"
     cfg.data_size = cfg.data_size or (DATA[cfg.data][0] if cfg.data in DATA else 224)
-    if not cfg.severities:
+    cfg.severities = {}
+    for name in DISTORTIONS:
+        value = vars(cfg).pop(name)
+        if value:  # None was not typed; [0.0] was, and counts
+            cfg.severities[name] = value
+    if cfg.severities:
+        distortions = describe(cfg.severities, cfg.one_of)
+        cfg.clean = cfg.clean or 0.0
+    else:
+        distortions = "mixture"
         blur = [0, 1.5 * cfg.data_size / 32]
         cfg.severities = {"blur": blur, "noise": [0, 0.4], "mask": [0, 0.6]}
         cfg.one_of = True
         cfg.clean = 0.2 if cfg.clean is None else cfg.clean
-    cfg.clean = cfg.clean or 0.0
     seed = f"-seed{cfg.seed}" if cfg.seed else ""
     cfg.out = cfg.out or f"runs/{Path(cfg.data).resolve().name}-{distortions}{seed}"
     cfg.weights = cfg.weights or ("scratch" if cfg.data == "stripes" else "dinov2_vits14")
@@ -867,7 +873,7 @@ def main():
         fill_in(cfg)
         run(cfg)
     except (UserError, OSError) as error:
-        parser.error((str(error) or repr(error)).splitlines()[-1])  # a worker's has its traceback
+        parser.error((str(error) or repr(error)).splitlines()[-1])  # after a loader's traceback
     if WORLD > 1:
         dist.destroy_process_group()
 

@@ -21,7 +21,7 @@ import distill
 
 
 # ---- The linear probe ----------------------------------------------------------------------------
-@torch.inference_mode(False)  # to learn also where the caller has turned gradients off
+@torch.inference_mode(False)  # it learns, whatever the caller has set
 def fit_probe(x, y):
     """Multinomial logistic regression of labels y [n] on standardized features x [n, D], as a
     function from features [m, D] to labels [m]: cross-entropy + strength * |weight|^2, with the
@@ -35,12 +35,11 @@ def fit_probe(x, y):
     std = x.std(dim=0, correction=0)
     std[std <= 1e-6 * mean.abs()] = torch.inf  # a constant feature counts as 0
     normal = (x - mean) / std
-    variance, axes = torch.linalg.eigh((normal.T @ normal / len(x)).cpu())  # mps has none
-    variance = variance.to(x.device)
-    axes = axes.to(x.device)
+    covariance = (normal.T @ normal / len(x)).cpu()  # mps has no eigh
+    variance, axes = [part.to(x.device) for part in torch.linalg.eigh(covariance)]
     scale = (variance.clamp(min=0) + 0.1).rsqrt()
     def transform(x):  # [n, D + 1]: along scaled principal axes, which spares L-BFGS most steps
-        return F.pad((x - mean) / std @ (axes * scale), (0, 1), value=1.0)  # the last for the bias
+        return F.pad(((x - mean) / std) @ (axes * scale), (0, 1), value=1.0)  # 1 for the bias
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     x = transform(x)[order]
     y = y[order]
@@ -65,7 +64,8 @@ def fit_probe(x, y):
     fit(x, y, max(right, key=right.get))
 
     def predict(x):
-        return classes[(transform(torch.as_tensor(x).to(mean)) @ weight).argmax(dim=1)]
+        x = torch.as_tensor(x).to(mean)  # its device and dtype
+        return classes[(transform(x) @ weight).argmax(dim=1)]
     return predict
 
 def accuracy(predict, x, y):
@@ -79,7 +79,7 @@ def linear_probe(train_x, train_y, test_x, test_y):
 COLUMNS = [*distill.TERMS, "probe", "clean_probe", "recovered"]
 
 def kinds_of(cfg):
-    """A run's tests as (severities, one_of): clean, what it was trained on, the same for all."""
+    """A run's tests, (severities, one_of): clean, what it was trained on, nine that all get."""
     scale = cfg.data_size / 32  # of blur, which is in pixels
     fixed = [{"blur": 1.4 * scale}, {"blur": 2 * scale}, {"noise": 0.15}, {"noise": 0.3},
              {"mask": 0.25}, {"mask": 0.5}, {"salt": 0.1}, {"contrast": 0.7},
@@ -131,6 +131,7 @@ def print_row(row):
     cells = []
     for name in COLUMNS:
         keys = (f"{name}_teacher", f"{name}_student", name)  # a pair of figures, or one
+        # + 0.0: no "-0.000"
         values = [f"{round(row[key], 3) + 0.0:.3f}" for key in keys if row.get(key) is not None]
         cells.append(" -> ".join(values))
     print(f"{row['distortion']:38}", *(f"{cell:>14}" for cell in cells), flush=True)
@@ -195,9 +196,9 @@ def parse_options(parser):
         raise distill.UserError(f"{run} is no run of distill.py that has finished an epoch")
     config = json.loads((run / "config.json").read_text())
     config["max_images"] = min(1000, config["max_images"] or 1000)
-    config["seed"] = 0
+    config["seed"] = 0  # of the distortions, not of the training
     parser.set_defaults(**config)
-    cfg = parser.parse_args()
+    cfg = parser.parse_args()  # again, with the run's options for what was not typed
     cfg.epoch = len((run / "log.jsonl").read_text().splitlines())
     print(f"{run}: the student after epoch {cfg.epoch} of {cfg.epochs}")
     distill.check_device(cfg)
@@ -231,7 +232,7 @@ def main():
             images = [image for image, _ in islice(test_set, 6)]
         draw_patches(f"{cfg.run}/patches.png", cfg, vits, images)
     except (distill.UserError, OSError) as error:
-        parser.error((str(error) or repr(error)).splitlines()[-1])
+        parser.error((str(error) or repr(error)).splitlines()[-1])  # after a loader's traceback
 
 if __name__ == "__main__":
     main()

@@ -18,8 +18,8 @@ class Contrastive(distill.Distillation):
     """
     def forward(self, clean, distorted, labels):
         with torch.no_grad():
-            target = self.teacher(distill.prepare(clean, *self.inputs)).cls
-        found = self.student(distill.prepare(distorted, *self.inputs)).cls
+            target = self.teacher(distill.prepare(clean, *self.prepare_args)).cls
+        found = self.student(distill.prepare(distorted, *self.prepare_args)).cls
         logits = F.normalize(found.float()) @ F.normalize(target.float()).T / 0.1  # [B, B]
         return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device)), {}
 
@@ -31,7 +31,7 @@ class Supervised(distill.Distillation):
         self.head = nn.Linear(student.cls_token.shape[-1], 1000)
 
     def forward(self, clean, distorted, labels):
-        logits = self.head(self.student(distill.prepare(distorted, *self.inputs)).cls)
+        logits = self.head(self.student(distill.prepare(distorted, *self.prepare_args)).cls)
         return F.cross_entropy(logits.float(), labels), {}
 
 
