@@ -665,6 +665,18 @@ def test_two_processes_end_where_one_does(world, tmp_path):
     output, _ = process.communicate(timeout=300)
     assert output.count("error: ") == 1 and "seed 0, not 3" in output
 
+def test_an_error_on_another_machine_ends_all_and_takes_the_claim_away(world, tmp_path):
+    machines = []
+    for rank, data in enumerate((world / "images", "nowhere")):
+        place = {"RANK": f"{rank}", "LOCAL_RANK": "0", "WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{20000 + os.getpid() % 20000}"}
+        with mock.patch.dict(os.environ, place):
+            machines.append(start(command(world, tmp_path / "run", f"--noise 0.1 --data {data}")))
+    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [2, 2]
+    assert "error" not in outputs[0].lower() and "error: cannot get --data nowhere" in outputs[1]
+    assert (tmp_path / "run").exists() and not (tmp_path / "run/config.json").exists()
+
 def test_a_compiled_run_is_one_graph_and_ends_like_an_eager_one(world, tmp_path, monkeypatch):
     torch_compile = torch.compile
     backend = mock.Mock(side_effect=lambda graph, inputs: graph.forward)
