@@ -62,10 +62,10 @@ class Attention(nn.Module):
     def forward(self, x, need_map):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, T, 3, heads, D / heads]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, D / heads]
-        # The fused kernel gives no map. For bfloat16 it is 2 to 5 times slower than the product
-        # on CPUs that have it, 10 to 17 times faster where it is emulated.
-        in_bfloat16 = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-        if need_map or (in_bfloat16 and not self.bfloat16_is_emulated):
+        # The fused kernel gives no map. On a CPU with bfloat16 it is 2 to 5 times slower than the
+        # product; on one that emulates bfloat16 it is 10 to 17 times faster.
+        cpu_bfloat16 = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        if need_map or (cpu_bfloat16 and not self.bfloat16_is_emulated):
             logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, heads, T, T]
             attn = logits.float().softmax(dim=-1)
             y = attn.to(v.dtype) @ v
@@ -146,7 +146,7 @@ WEIGHTS = {  # all under Apache 2.0
     "dino_vitb16": "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
 }
 
-def resize_pos_embed(pos_embed, side, has_registers):
+def resize_pos_embed(pos_embed, side, num_registers):
     """Position embeddings [1, 1 + n * n, D] for side * side patches, as in DINO and DINOv2."""
     n = math.isqrt(pos_embed.shape[1] - 1)
     if n * n != pos_embed.shape[1] - 1:
@@ -154,7 +154,7 @@ def resize_pos_embed(pos_embed, side, has_registers):
     if n == side:
         return pos_embed
     grid = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (n, n))  # [1, D, n, n]
-    if has_registers:  # as in DINOv2's models with registers
+    if num_registers:  # as in DINOv2's models with registers
         grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
     else:  # DINO and DINOv2 add 0.1 (dino issue 8); so do we for others' weights
         grid = F.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic")
@@ -173,27 +173,28 @@ def find_vit(checkpoint):
     flat = flatten(checkpoint)
     end = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(end) for name in flat if name.endswith(end)]
-    words = ("model", "teacher", "student", "state_dict")  # of several ViTs, the first word's
+    # Of several ViTs, one with the first word in its prefix; then the second decides, and so on.
+    words = ("model", "teacher", "student", "state_dict")
     prefix = max(prefixes, default="", key=lambda p: [word in p.split(".") for word in words])
     others = ("head", "mask_token", "masked_embed", "decoder", "dino_head", "ibot_head",
               "pre_logits")
-    names = [name.removeprefix(prefix) for name in flat if name.startswith(prefix)]
-    return {name: flat[prefix + name] for name in names if not name.startswith(others)}
+    vit = {name.removeprefix(prefix): x for name, x in flat.items() if name.startswith(prefix)}
+    return {name: x for name, x in vit.items() if not name.startswith(others)}
 
 def build_vit(state, img_size, num_heads):
     """The ViT of a state dict with DINO's names, whose architecture is read off it."""
     embed_dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
     depth = sum(name.endswith(".norm1.weight") for name in state)  # one a block
     mlp_ratio = len(state["blocks.0.mlp.fc1.weight"]) / embed_dim
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    num_registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     if num_heads is None:  # no shape tells; a fraction is refused
         num_heads = 16 if embed_dim in (1280, 1408, 1664) else embed_dim / 64
     if embed_dim % num_heads or num_heads != int(num_heads):
         raise UserError(f"its width {embed_dim} has no {num_heads:g} heads: see --num-heads")
-    vit = ViT(img_size, patch_size, embed_dim, depth, int(num_heads), mlp_ratio, registers,
+    vit = ViT(img_size, patch_size, embed_dim, depth, int(num_heads), mlp_ratio, num_registers,
               layer_scale="blocks.0.ls1.gamma" in state)
     pos_embed = state["pos_embed"].float()
-    state["pos_embed"] = resize_pos_embed(pos_embed, img_size // patch_size, registers)
+    state["pos_embed"] = resize_pos_embed(pos_embed, img_size // patch_size, num_registers)
     missing, unexpected = vit.load_state_dict(state, strict=False)  # copies the values
     if missing or unexpected:
         raise UserError(f"it lacks {missing[:4]}, and has {unexpected[:4]} besides")
@@ -216,7 +217,7 @@ def load_vit(weights, img_size, num_heads=None):
     except KeyError as error:
         reason = f"it has no {error}"
     except pickle.UnpicklingError:
-        reason = "it holds more than tensors and plain values: save its state dict alone"
+        reason = "it is no file of tensors and plain values alone: save the state dict"
     except Exception as error:  # what is missing, damaged or foreign raises many kinds
         reason = " ".join(str(error).split())[:300]
     raise UserError(f"cannot load weights {weights}: {reason}. Known are {', '.join(WEIGHTS)}; "
@@ -236,8 +237,8 @@ def prepare(images, img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
 # ---- Distortions ---------------------------------------------------------------------------------
 # To add one, write a function and list it in DISTORTIONS: option, run name and the evaluation of
-# such runs follow. It takes images [B, 3, H, W], the severity of each [B, 1, 1, 1], the highest that
-# may occur (it sizes blur's kernel) and a generator. Its docstring is the option's help.
+# such runs follow. It takes images [B, 3, H, W], the severity of each [B, 1, 1, 1], the highest
+# that may occur (it sizes blur's kernel) and a generator. Its docstring is the option's help.
 def blur(images, severity, highest, generator):
     """sigma of a Gaussian in pixels, edges reflected"""
     B, _, H, W = images.shape
@@ -302,7 +303,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         images = images.float()
         per_image = (len(images), 1, 1, 1)
         source = {"generator": generator, "device": images.device}
-        own_kind = torch.randint(len(kinds) or 1, per_image, **source)  # for one_of; 0 is no range
+        own_kind = torch.randint(len(kinds) or 1, per_image, **source)  # randint needs a 1
         distorted = images
         for i, (function, low, high) in enumerate(kinds):
             severity = low + (high - low) * torch.rand(per_image, **source)
@@ -324,13 +325,13 @@ def distill_loss(student, teacher, weights=(1,) * len(TERMS)):
     cosine of cls; "patch" = 1 - cosine of each patch; "attn" = KL(teacher map || student map) in
     nats of each query's row, 0 without maps; all are means, in float32 also under autocast."""
     cls = 1 - F.cosine_similarity(student.cls.float(), teacher.cls.float(), dim=-1).mean()
-    cosines = F.cosine_similarity(student.patches.float(), teacher.patches.float(), dim=-1)
+    patch = 1 - F.cosine_similarity(student.patches.float(), teacher.patches.float(), dim=-1).mean()
     attn = torch.zeros_like(cls)
     for student_map, teacher_map in zip(student.attn, teacher.attn, strict=True):
         log = student_map.float().clamp(min=1e-30).log()  # 0 has no finite logarithm
         kl = F.kl_div(log, teacher_map.float(), reduction="none")  # [B, heads, T, T]
         attn = attn + kl.sum(dim=-1).mean() / len(student.attn)
-    terms = {"global": cls, "patch": 1 - cosines.mean(), "attn": attn}
+    terms = {"global": cls, "patch": patch, "attn": attn}
     total = sum(weight * terms[name] for name, weight in zip(TERMS, weights, strict=True))
     return total, terms
 
@@ -408,9 +409,9 @@ def read_image(path):
         in_planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2  # Pillow halves their bits
         if image.mode[0] in "IF" or (in_planes and bits > 8):
             raise ValueError("it has more than 8 bits a channel")
-        image.getexif()  # remembers the orientation
-        for block in ("exif", "Raw profile type exif"):  # else exif_transpose writes all tags anew,
-            image.info.pop(block, None)  # and fails at odd ones
+        image.getexif()  # Pillow keeps what it reads here, the orientation, too. The blocks that
+        image.info.pop("exif", None)  # exif_transpose would write anew go: odd tags make it fail.
+        image.info.pop("Raw profile type exif", None)
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow raises many kinds
         raise OSError(f"cannot read the image {path}: {error}") from error
@@ -459,12 +460,6 @@ def load_data(cfg):
         order = np.random.default_rng(0).permutation(len(dataset))
         return Subset(dataset, order[:cfg.max_images].tolist())
     return part(both[0]), part(both[1]), classes
-
-def random_order(num_images, n, seed, epochs):
-    """A sampler: this process's share of n random images, epoch after epoch."""
-    for epoch in epochs:
-        order = np.random.default_rng((seed, epoch)).permutation(num_images)
-        yield from order[:n][RANK::WORLD].tolist()
 
 def make_loader(dataset, cfg, batch_size, order=None):
     """Batches of a data set, in its own order or that of given indices, read by --workers."""
@@ -523,10 +518,16 @@ def make_optimizers(trained, optimizer, lr):
         optimizers.append(Muon([trained[name] for name in matrices], lr))
     return optimizers
 
+def random_order(num_images, n, seed, epochs):
+    """This process's share of indices of images, n to an epoch, one epoch after the other."""
+    for epoch in epochs:
+        order = np.random.default_rng((seed, epoch)).permutation(num_images)
+        yield from order[:n][RANK::WORLD].tolist()
+
 def train(module, dataset, cfg, epochs, lr, severities, state=None):
     """Train a module with the interface of Distillation. Yields a row of figures an epoch and the
-    state from which to go on. The order of images depends on (seed, epoch), a distortion on (seed,
-    step, process), for up to a million steps."""
+    state from which to go on, to be saved before the next. The order of images depends on (seed,
+    epoch), a distortion on (seed, step, process), for up to a million steps."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(trained, cfg.optimizer, lr)
     if state:
@@ -539,6 +540,7 @@ def train(module, dataset, cfg, epochs, lr, severities, state=None):
     generator = torch.Generator(cfg.device)
     steps = len(dataset) // cfg.batch_size  # an epoch, without the ragged last batch
     epochs_left = range(state["epoch"] if state else 0, epochs)
+    # One stream of batches for all epochs, so that the loader reads on while an epoch ends.
     order = random_order(len(dataset), steps * cfg.batch_size, cfg.seed, epochs_left)
     batches = iter(make_loader(dataset, cfg, cfg.batch_size // WORLD, order))
     for epoch in epochs_left:
@@ -575,15 +577,15 @@ def train(module, dataset, cfg, epochs, lr, severities, state=None):
 @torch.inference_mode()
 def compare(vits, batches, cfg, conditions, seed=0, with_distances=True):
     """Show vits, {"teacher": …, "student": …}, the same distorted copies of batches of (images,
-    labels), once for each of conditions, [(severities, one_of), …]. Returns the labels [n] and two
-    lists with an entry a condition: embeddings, {"teacher": [n, D], …}, and distances from the
-    teacher's features of clean images by distill_loss, {"global_teacher": a number, …}."""
+    labels), for each of conditions, [(severities, one_of), …]. Returns labels [n], embeddings and
+    distances: embeddings[k]["student"] is [n, D] under condition k, distances[k]["attn_student"] a
+    number, distill_loss's "attn" between those features and the teacher's of clean images."""
     attn_blocks = cfg.attn_blocks if with_distances else 0
     def features_of(vit, images):
         with autocast(cfg):
             return vit(prepare(images, cfg.img_size, cfg.mean, cfg.std), attn_blocks)
-    seeds = range(1000 * seed, 1000 * seed + len(conditions))
-    generators = [torch.Generator(cfg.device).manual_seed(number) for number in seeds]
+    generators = [torch.Generator(cfg.device).manual_seed(1000 * seed + k)
+                  for k in range(len(conditions))]
     all_labels = []
     parts = [{who: [] for who in vits} for _ in conditions]  # of the embeddings, by batches
     sums = [defaultdict(float) for _ in conditions]  # of the distances, over images
@@ -603,8 +605,8 @@ def compare(vits, batches, cfg, conditions, seed=0, with_distances=True):
                 for term, value in terms.items():
                     sums[k][f"{term}_{who}"] += value * len(images)
     labels = torch.cat(all_labels)
-    embeddings = [{who: torch.cat(tensors) for who, tensors in found.items()} for found in parts]
-    distances = [{name: x.item() / len(labels) for name, x in found.items()} for found in sums]
+    embeddings = [{who: torch.cat(part[who]) for who in vits} for part in parts]
+    distances = [{name: x.item() / len(labels) for name, x in total.items()} for total in sums]
     return labels, embeddings, distances
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -664,8 +666,8 @@ def claim(cfg):
     file = open(path, "a")  # creates it where it is missing
     try:
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as this process lives
-        os.register_at_fork(after_in_child=file.close)  # else its loader's keep the lock
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until no process has the file open,
+        os.register_at_fork(after_in_child=file.close)  # the loader's workers neither
     except BlockingIOError:
         raise UserError(f"another process is at work in {cfg.out}") from None
     except (ImportError, OSError):  # Windows and some network folders have no locks
@@ -713,7 +715,7 @@ def train_student(teacher, cfg, train_set, test_set, checkpoint):
             raise UserError("the last row is not finite: lower --lr, with another --out")
         save({**state, "log": log}, f"{cfg.out}/last.pt")  # before what can be made from it
         save_student()
-    save_student()  # again, for a run that was stopped just after its last epoch's last.pt
+    save_student()  # also where no epoch was left: then train has only loaded the checkpoint
 
 def end_together(error):
     """Raise this process's error, if it has one; if only another has, end without a word."""
@@ -732,15 +734,15 @@ def run(cfg):
         on_gpu = cfg.device == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     error = claimed = data = None
-    found = [None, None]  # teacher and checkpoint, the first process's for all
+    found = [None, None]  # teacher and checkpoint; all but the first process receive them below
     try:
         if LOCAL_RANK == 0:  # a machine's first process downloads, the others wait
             data = load_data(cfg)
         if RANK == 0:
             found = list(open_run(cfg, len(data[0])))
             claimed = claim(cfg)
-    except (UserError, OSError) as raised:
-        error = raised  # by end_together, or the other processes would wait for ever
+    except (UserError, OSError) as caught:
+        error = caught  # not raised before all have met in end_together, or they would wait
     try:
         end_together(error)
         if WORLD > 1:
@@ -787,7 +789,7 @@ def make_parser():
     add("--max-images", type=count, help="a random part of either split [all]")
     add("--weights", help="a name, file or scratch, a small ViT [dinov2_vits14; stripes scratch]")
     add("--num-heads", type=count, help="[width / 64; of the widths 1280, 1408 and 1664 16]")
-    add("--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="of the weights [ImageNet's]")
+    add("--mean", type=share, nargs=3, default=IMAGENET_MEAN, help="of the weights [ImageNet's]")
     add("--std", type=at_least(1e-6, float), nargs=3, default=IMAGENET_STD, help="[ImageNet's]")
     add("--data-size", type=count, help="side in pixels when distorted [32; stl10 96; folder 224]")
     add("--img-size", type=count, help="side in pixels for the ViT [224; scratch the data size]")
