@@ -34,7 +34,7 @@ from tqdm import tqdm
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun: this process's number,
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine,
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-BAR = {"unit": " images", "disable": True if RANK > 0 else None}  # None: unless on a screen
+BAR = {"unit": " images", "disable": RANK > 0 or None}  # None: shown on a screen, not in a file
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -173,9 +173,9 @@ def find_vit(checkpoint):
     flat = flatten(checkpoint)
     end = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(end) for name in flat if name.endswith(end)]
-    # Of several ViTs, one with the first word in its prefix; then the second decides, and so on.
-    words = ("model", "teacher", "student", "state_dict")
-    prefix = max(prefixes, default="", key=lambda p: [word in p.split(".") for word in words])
+    for word in ("model", "teacher", "student", "state_dict"):  # of several ViTs, those with it
+        prefixes = [p for p in prefixes if word in p.split(".")] or prefixes
+    prefix = prefixes[0] if prefixes else ""
     others = ("head", "mask_token", "masked_embed", "decoder", "dino_head", "ibot_head",
               "pre_logits")
     vit = {name.removeprefix(prefix): x for name, x in flat.items() if name.startswith(prefix)}
@@ -409,8 +409,8 @@ def read_image(path):
         in_planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2  # Pillow halves their bits
         if image.mode[0] in "IF" or (in_planes and bits > 8):
             raise ValueError("it has more than 8 bits a channel")
-        image.getexif()  # Pillow keeps what it reads here, the orientation, too. The blocks that
-        image.info.pop("exif", None)  # exif_transpose would write anew go: odd tags make it fail.
+        image.getexif()  # called for its cache, from which exif_transpose takes the orientation
+        image.info.pop("exif", None)  # exif_transpose rewrites these two, and odd tags make it fail
         image.info.pop("Raw profile type exif", None)
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow raises many kinds
@@ -480,8 +480,8 @@ def learning_rate(step, total_steps, peak):
 
 class Muon(torch.optim.Optimizer):
     """Muon (kellerjordan.github.io/posts/muon) for matrices: their momentum is made orthogonal by
-    five Newton-Schulz steps and scaled to twice the size of AdamW's updates (arXiv 2502.16982), so
-    that one learning rate serves both."""
+    five Newton-Schulz steps and scaled to twice the size of AdamW's updates (arXiv 2502.16982).
+    Matrices of one shape go together, in batched products."""
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
 
@@ -576,10 +576,10 @@ def train(module, dataset, cfg, epochs, lr, severities, state=None):
 
 @torch.inference_mode()
 def compare(vits, batches, cfg, conditions, seed=0, with_distances=True):
-    """Show vits, {"teacher": …, "student": …}, the same distorted copies of batches of (images,
-    labels), for each of conditions, [(severities, one_of), …]. Returns labels [n], embeddings and
-    distances: embeddings[k]["student"] is [n, D] under condition k, distances[k]["attn_student"] a
-    number, distill_loss's "attn" between those features and the teacher's of clean images."""
+    """Give vits {"teacher": …, "student": …} the same distorted copies of batches of (images,
+    labels), once for each condition k, a pair (severities, one_of). Returns labels [n], embeddings
+    [k][who] of shape [n, D], and distances [k][f"{term}_{who}"]: that term of distill_loss, with
+    the teacher's features of the clean images as its target."""
     attn_blocks = cfg.attn_blocks if with_distances else 0
     def features_of(vit, images):
         with autocast(cfg):
@@ -597,7 +597,7 @@ def compare(vits, batches, cfg, conditions, seed=0, with_distances=True):
             distorted = distort(clean, generators[k], one_of, **severities)
             for who, vit in vits.items():
                 if who == "teacher" and not severities:
-                    features = target  # the same images
+                    features = target  # these are the clean images: a pass is spared
                 else:
                     features = features_of(vit, distorted)
                 parts[k][who].append(features.cls.float().clone())  # a view would keep all tokens
@@ -666,8 +666,8 @@ def claim(cfg):
     file = open(path, "a")  # creates it where it is missing
     try:
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until no process has the file open,
-        os.register_at_fork(after_in_child=file.close)  # the loader's workers neither
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.register_at_fork(after_in_child=file.close)  # a worker left over would keep the lock
     except BlockingIOError:
         raise UserError(f"another process is at work in {cfg.out}") from None
     except (ImportError, OSError):  # Windows and some network folders have no locks

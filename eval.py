@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 import os
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ def fit_probe(x, y):
     covariance = (normal.T @ normal / len(x)).cpu()  # mps has no eigh
     variance, axes = [part.to(x.device) for part in torch.linalg.eigh(covariance)]
     scale = (variance.clamp(min=0) + 0.1).rsqrt()
-    def transform(x):  # [n, D + 1]: along scaled principal axes, which spares L-BFGS most steps
+    def transform(x):  # [n, D + 1]: turned and scaled for L-BFGS's speed alone, as is 0.1
         return F.pad(((x - mean) / std) @ (axes * scale), (0, 1), value=1.0)  # 1 for the bias
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     x = transform(x)[order]
@@ -140,18 +140,16 @@ def print_row(row):
 @torch.inference_mode()
 def draw_patches(path, cfg, vits, images):
     """Save a picture with a row for each of images, uint8 [3, S, S]: clean, distorted at the
-    highest severity (of one kind after the other, where each image gets one), then patch features:
+    highest severity (with --one-of the kinds in turn), then patch features:
     the teacher's at clean, the teacher's and the student's at distorted, along the first three
     principal components of the first as red, green, blue.
     """
     highest = {name: np.max(value) for name, value in cfg.severities.items()}
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     clean = torch.stack(images).to(cfg.device) / 255  # [n, 3, S, S]
-    distorted = clean.clone()
-    for i in range(len(clean)):
-        name = list(highest)[i % len(highest)]
-        severities = {name: highest[name]} if cfg.one_of else highest
-        distorted[i:i + 1] = distill.distort(clean[i:i + 1], generator, **severities)
+    kinds = [{name: high} for name, high in highest.items()] if cfg.one_of else [highest]
+    distorted = torch.cat([distill.distort(image, generator, **severities)
+                           for image, severities in zip(clean.split(1), cycle(kinds))])
     patches = []  # each [n, N, D]
     for who, x in (("teacher", clean), ("teacher", distorted), ("student", distorted)):
         x = distill.prepare(x, cfg.img_size, cfg.mean, cfg.std)
