@@ -807,7 +807,7 @@ def make_parser():
     add("--batch-size", type=count, help="of all processes together [64; scratch 16]")
     add("--optimizer", choices=["adamw", "muon"], help="muon: of the blocks' matrices [adamw; "
         "scratch muon]")
-    add("--lr", type=at_least(1e-9, float), help="the student's highest [1e-4; scratch 5e-3]")
+    add("--lr", type=at_least(1e-9, float), help="the student's highest [3e-5; scratch 5e-3]")
     add("--seed", type=at_least(0), default=0, help="of weights, order and distortions [0]")
     # The machine
     add("--device", default=best, help=f"cuda, mps or cpu [{best}]")
@@ -859,7 +859,7 @@ def fill_in(cfg):
     cfg.img_size = cfg.img_size or (cfg.data_size if scratch else 224)
     cfg.batch_size = cfg.batch_size or (16 if scratch else 64)
     cfg.optimizer = cfg.optimizer or ("muon" if scratch else "adamw")
-    cfg.lr = cfg.lr or (5e-3 if scratch else 1e-4)
+    cfg.lr = cfg.lr or (5e-3 if scratch else 3e-5)
     on_gpu = cfg.device.startswith("cuda")
     cfg.dtype = cfg.dtype or ("bfloat16" if on_gpu else "float32")
     check_device(cfg)
