@@ -694,6 +694,7 @@ def train_teacher(teacher, cfg, train_set, num_classes):
 def train_student(teacher, cfg, train_set, test_set, checkpoint):
     """Distil the teacher, from the checkpoint on if there is one; write the run's folder."""
     student = copy.deepcopy(teacher)  # before the teacher is frozen
+    torch.manual_seed(cfg.seed)  # for parameters of a module put in Distillation's place
     module = Distillation(teacher, student, cfg.img_size, cfg.mean, cfg.std, cfg.attn_blocks,
                           cfg.loss_weights)
     module.to(cfg.device)
