@@ -877,8 +877,9 @@ def main():
         run(cfg)
     except (UserError, OSError) as error:
         parser.error((str(error) or repr(error)).splitlines()[-1])  # after a loader's traceback
-    if WORLD > 1:
-        dist.destroy_process_group()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()

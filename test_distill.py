@@ -673,8 +673,8 @@ def test_an_error_on_another_machine_ends_all_and_takes_the_claim_away(world, tm
         with mock.patch.dict(os.environ, place):
             machines.append(start(command(world, tmp_path / "run", f"--noise 0.1 --data {data}")))
     outputs = [machine.communicate(timeout=300)[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [2, 2]
-    assert "error" not in outputs[0].lower() and "error: cannot get --data nowhere" in outputs[1]
+    assert machines[0].returncode != 0 and "Traceback" not in outputs[0]
+    assert machines[1].returncode == 2 and "error: cannot get --data nowhere" in outputs[1]
     assert (tmp_path / "run").exists() and not (tmp_path / "run/config.json").exists()
 
 def test_a_compiled_run_is_one_graph_and_ends_like_an_eager_one(world, tmp_path, monkeypatch):
