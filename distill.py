@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Asymmetric multi-level distillation (arXiv 2604.22529) in one file: a frozen Vision Transformer,
-the teacher, sees clean images; a student that starts from the same weights sees distorted copies
-and learns, without labels, to give the teacher's global embedding, patch features and attention.
+"""Asymmetric multi-level distillation, after arXiv 2604.22529: a frozen Vision Transformer, the
+teacher, sees clean images; a student that starts from the same weights sees distorted copies and
+learns, without labels, to give the teacher's global embedding, patch features and attention maps.
 
     python distill.py                               draws images, trains its own teacher first
     python eval.py runs/stripes-mixture             what distortions cost both, as a table
@@ -90,7 +90,7 @@ class ViT(nn.Module):
                  num_registers=0, layer_scale=False):
         super().__init__()
         if img_size % patch_size or not num_heads or embed_dim % num_heads:
-            raise ValueError(f"{patch_size=} of {img_size=}, or {num_heads=} of {embed_dim=}")
+            raise ValueError(f"{img_size=} / {patch_size=} or {embed_dim=} / {num_heads=}: broken")
         self.img_size = img_size
         self.num_registers = num_registers
         num_patches = (img_size // patch_size) ** 2
@@ -147,7 +147,7 @@ def resize_pos_embed(pos_embed, side, registers):
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 def find_vit(checkpoint):
-    """The tensors of the (first) ViT in a checkpoint, under DINO's names."""
+    """The tensors of the first ViT in a checkpoint, under DINO's names."""
     for key in ("teacher", "model", "state_dict"):
         checkpoint = checkpoint.get(key, checkpoint)
     last = "patch_embed.proj.weight"
@@ -162,10 +162,10 @@ def find_vit(checkpoint):
 def load_vit(weights, img_size, num_heads=None):
     """The ViT of a name in WEIGHTS or of a checkpoint's path, for images of img_size pixels a side.
     num_heads: by default 16 for what is wider than 1024, else width / 64. Raises ValueError if the
-    weights cannot be had or do not fit."""
+    weights cannot be had or do not fit. No code in a file is run."""
     load = torch.hub.load_state_dict_from_url if weights in WEIGHTS else torch.load
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # besides tensors: no code is run
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold one
             checkpoint = load(WEIGHTS.get(weights, weights), map_location="cpu", weights_only=True)
         state = find_vit(checkpoint)
         embed_dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
@@ -177,9 +177,9 @@ def load_vit(weights, img_size, num_heads=None):
         vit = ViT(img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, registers,
                   layer_scale="blocks.0.ls1.gamma" in state)
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], img_size // patch_size, registers)
-        vit.load_state_dict(state)  # whose names have to be the same
+        vit.load_state_dict(state)  # an error if any name is missing or unknown
         return vit
-    except Exception as error:  # what is missing, damaged or foreign raises many kinds
+    except Exception as error:  # missing, damaged and foreign files raise many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"cannot load weights {weights}: {reason}. Known are {', '.join(WEIGHTS)}; "
                         f"offline: from {torch.hub.get_dir()}/checkpoints") from error
@@ -235,16 +235,16 @@ def mask(images, severity, highest, generator):
     chance = torch.rand(images[:, :1].shape, generator=generator, device=images.device)
     return images * (chance >= severity)
 
-DISTORTIONS = {  # name: (function, limit of its severity), in a camera's order
+DISTORTIONS = {  # name: (function, limit of its severity), in the order of their use
     "blur": (blur, math.inf), "contrast": (contrast, 1), "noise": (noise, math.inf),
     "salt": (salt, 1), "mask": (mask, 1)}
 
 def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     """Distorted copies of images [B, 3, H, W] in [0, 1], of the same shape and range, in float32.
     severities: for names of DISTORTIONS a number, or (low, high) from which each image draws its
-    own. All are applied in turn, or with one_of one to an image; with probability clean it stays as
-    it is. generator: on the images' device. Raises ValueError for what is out of range, unknown
-    kinds, and images of another shape or not in floats."""
+    own. All are applied in turn, or with one_of only one, chosen for each image; with probability
+    clean an image stays as it is. generator: on the images' device. Raises ValueError for what is
+    out of range, unknown kinds, and images of another shape or not in floats."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images are {images.dtype} {list(images.shape)}, not floats [B, 3, H, W]")
     if not 0 <= clean <= 1:
@@ -254,21 +254,21 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         distorted = images = images.float()
         per_image = (images.shape[0], 1, 1, 1)
         source = {"generator": generator, "device": images.device}
-        own_kind = torch.randint(max(1, len(names)), per_image, **source)
+        chosen = torch.randint(max(1, len(names)), per_image, **source)
         for i, name in enumerate(names):
             function, limit = DISTORTIONS[name]
             low, high = np.broadcast_to(severities[name], 2).tolist()  # a number is both ends
-            if not 0 <= low <= high <= limit or high == math.inf:
+            if not (0 <= low <= high <= limit and high < math.inf):
                 raise ValueError(f"{name} from {low} to {high} is not within 0 to {limit}")
             severity = low + (high - low) * torch.rand(per_image, **source)
             changed = function(distorted, severity, high, generator)
-            distorted = torch.where(own_kind == i, changed, distorted) if one_of else changed
+            distorted = torch.where(chosen == i, changed, distorted) if one_of else changed
         untouched = torch.rand(per_image, **source) < clean
         return torch.where(untouched, images, distorted).clamp(0, 1)
 
 # ---- The loss ------------------------------------------------------------------------------------
 # Only the paper's abstract and introduction could be read: which layers, directions and weights it
-# uses is not known, and what follows is this repository's choice. A new term is listed here, too.
+# uses is not known, and what follows is this repository's choice.
 TERMS = ("global", "patch", "attn")
 
 def distill_loss(student, teacher, weights=(1,) * len(TERMS)):
@@ -305,7 +305,7 @@ class Distillation(nn.Module):
 CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 
 def draw_stripes(n, seed):
-    """n drawings of a disc of stripes; the label is their direction, one of ten."""
+    """n drawings of a striped disc; the label is the direction of the stripes, one of ten."""
     uniform = np.random.default_rng(seed).uniform
     y, x = np.mgrid[:32, :32] / 32  # lengths are in sides of the image
     images = []
@@ -377,11 +377,11 @@ def save(content, path):
     os.replace(f"{path}.part", path)
 
 def train_teacher(teacher, dataset, cfg):
-    """Teach a new ViT the labels of clean images, gently: sharp attention is hard to distil."""
-    classes = getattr(dataset.dataset, "classes", range(10))  # stripes have ten, and no names
+    """Teach a new ViT labels at a low rate, since a higher one makes attention hard to distil."""
+    classes = getattr(dataset.dataset, "classes", range(10))  # stripes have ten, without names
     module = nn.ModuleDict({"vit": teacher, "head": nn.Linear(64, len(classes))}).to(cfg.device)
     optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.05, fused=True)
-    sampler = DistributedSampler(dataset, 1, 0, seed=1000 * cfg.seed)
+    sampler = DistributedSampler(dataset, 1, 0, seed=1000 * cfg.seed)  # of one process: a shuffle
     loader = make_loader(dataset, cfg, cfg.batch_size, sampler)
     for step, (images, labels) in enumerate(tqdm(loader, "teacher", leave=False, disable=None)):
         images = prepare(images.to(cfg.device) / 255, cfg.img_size, cfg.mean, cfg.std)
@@ -393,7 +393,7 @@ def train_teacher(teacher, dataset, cfg):
     print(f"teacher  loss {loss.item():.3f} in its last step", flush=True)
 
 def train(teacher, train_set, test_set, cfg):
-    """Distil the teacher into a copy, from the last whole epoch on; write the run's folder."""
+    """Distil the teacher into a copy of it, or go on after the last epoch that was finished."""
     student = copy.deepcopy(teacher)
     module = Distillation(teacher, student, term_weights=cfg.loss_weights).to(cfg.device)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.05, fused=True)
@@ -408,7 +408,7 @@ def train(teacher, train_set, test_set, cfg):
         model = nn.parallel.DistributedDataParallel(model)
     sampler = DistributedSampler(train_set, WORLD, RANK, seed=1000 * cfg.seed, drop_last=True)
     loader = make_loader(train_set, cfg, cfg.batch_size // WORLD, sampler)
-    held_out = make_loader(Subset(test_set, range(len(test_set))[:500]), cfg, cfg.batch_size)
+    held_out = make_loader(Subset(test_set, range(min(500, len(test_set)))), cfg, cfg.batch_size)
     generator = torch.Generator(cfg.device)
     for epoch in range(len(log), cfg.epochs):
         sampler.set_epoch(epoch)  # another order, which no interruption changes
@@ -418,18 +418,18 @@ def train(teacher, train_set, test_set, cfg):
             clean = images.to(cfg.device, non_blocking=True) / 255
             generator.manual_seed((1_000_000 * cfg.seed + step) * WORLD + RANK)
             distorted = distort(clean, generator, cfg.one_of, cfg.clean, **cfg.severities)
-            clean = prepare(clean, cfg.img_size, cfg.mean, cfg.std)
-            distorted = prepare(distorted, cfg.img_size, cfg.mean, cfg.std)
+            teacher_input = prepare(clean, cfg.img_size, cfg.mean, cfg.std)
+            student_input = prepare(distorted, cfg.img_size, cfg.mean, cfg.std)
             with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-                loss, _ = model(clean, distorted)
+                loss, _ = model(teacher_input, student_input)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.epochs * len(loader), cfg.lr)
             optimizer.step()
             total_loss += loss.detach()
-            if step % len(loader) == 0:
-                total_loss.item()  # waits for the device, and for compilation
+            if step % len(loader) == 0:  # the clock starts after the first step, which compiles
+                total_loss.item()  # waits for the device
                 start = time.perf_counter()
         mean_loss = total_loss.item() / len(loader)
         rate = (len(loader) - 1) * cfg.batch_size / (time.perf_counter() - start)
@@ -445,7 +445,7 @@ def train(teacher, train_set, test_set, cfg):
             save(student.state_dict(), f"{cfg.out}/student.pth")
             Path(cfg.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
             save({"student": student.state_dict(), "optimizer": optimizer.state_dict(),
-                  "log": log}, f"{cfg.out}/last.pt")  # last: a kill before it repeats an epoch
+                  "log": log}, f"{cfg.out}/last.pt")  # last: if killed before, the epoch recurs
 
 @torch.inference_mode()
 def compare(teacher, student, batches, cfg, severities, one_of=False, seed=0):
@@ -463,11 +463,11 @@ def compare(teacher, student, batches, cfg, severities, one_of=False, seed=0):
             target = teacher(clean, attn_blocks=1)
             for who, vit in (("teacher", teacher), ("student", student)):
                 features = vit(distorted, attn_blocks=1)
-                embeddings[who].append(features.cls.float().clone())  # a view keeps all tokens
+                embeddings[who].append(features.cls.float().clone())  # a view would keep all tokens
                 for term, value in distill_loss(features, target)[1].items():
                     totals[f"{term}_{who}"] += len(images) * value.item()
     embeddings = {who: torch.cat(parts) for who, parts in embeddings.items()}
-    n = len(embeddings["teacher"])
+    n = len(embeddings["teacher"])  # below, max: rounding can give less than 0
     return embeddings, {name: max(total / n, 0.0) for name, total in totals.items()}
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -478,22 +478,22 @@ def run(cfg):
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
         if LOCAL_RANK > 0:
-            dist.barrier()  # until this machine's first process has downloaded
-    # A folder belongs to the options in its config.json, less those of the machine.
+            dist.barrier()  # waits for this machine's first process, which may download
+    # A folder belongs to the options in its config.json; those of the machine may change.
     options = json.dumps({name: value for name, value in vars(cfg).items()
                           if name not in ("out", "device", "workers", "compile")}, indent=1)
     config, teacher_path = Path(cfg.out, "config.json"), Path(cfg.out, "teacher.pth")
     has_teacher = teacher_path.exists()
-    found = config.read_text() if config.exists() else None
-    if found != options and (found or has_teacher):
+    found = config.read_text() if config.exists() else ""
+    if (found or has_teacher) and found != options:
         raise UserError(f"{cfg.out} holds a run with other options: choose another --out")
     train_set, test_set = load_data(cfg)
     if cfg.batch_size > len(train_set) or cfg.batch_size % WORLD:
         raise UserError(f"--batch-size {cfg.batch_size} of {len(train_set)} images, {WORLD} parts")
-    try:
+    try:  # first a black image, to see whether the distortions are possible
         distort(torch.zeros(1, 3, cfg.data_size, cfg.data_size), clean=cfg.clean, **cfg.severities)
         weights = teacher_path if has_teacher else cfg.weights
-        if weights == "scratch":  # a small ViT with 8 by 8 patches
+        if weights == "scratch":  # a small ViT of width 64 and depth 4 on a grid of 8 by 8 patches
             torch.manual_seed(cfg.seed)
             teacher = ViT(cfg.img_size, cfg.img_size // 8 or 1, 64, 4, cfg.num_heads or 1)
         else:
@@ -501,7 +501,7 @@ def run(cfg):
     except ValueError as error:
         raise UserError(error) from error
     if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()
+        dist.barrier()  # lets the other processes of this machine go on
     if RANK == 0:
         os.makedirs(cfg.out, exist_ok=True)
         Path(f"{config}.part").write_text(options)
@@ -557,9 +557,9 @@ def main():
     try:
         can_be_zero = ("seed", "workers", "clean", "one_of", "compile")
         for name, value in vars(cfg).items():
-            low = 0 if name in can_be_zero else 1e-12
-            if isinstance(value, (int, float)) and not low <= value < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} {value} is not a positive number")
+            smallest = 0 if name in can_be_zero else 1e-12
+            if isinstance(value, (int, float)) and not smallest <= value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
         cfg.weights = cfg.weights or ("scratch" if cfg.data == "stripes" else "dinov2_vits14")
         scratch = cfg.weights == "scratch"
         cfg.data_size = cfg.data_size or (32 if cfg.data in ("stripes", *CIFAR) else 224)

@@ -31,35 +31,36 @@ def fit_probe(x, y):
             return loss
         solver.step(closure)
         return linear
-
     fifth = len(y) // 5
     def score(penalty):
-        return (fit(x[fifth:], y[fifth:], penalty)(x[:fifth]).argmax(dim=1) == y[:fifth]).sum()
+        linear = fit(x[fifth:], y[fifth:], penalty)
+        return (linear(x[:fifth]).argmax(dim=1) == y[:fifth]).sum()
     best = fit(x, y, max([1.0, 0.1, 0.01, 1e-3, 1e-4], key=score))
     return lambda x: classes[best((x - mean) / std).argmax(dim=1)]
 
 # ---- The table -----------------------------------------------------------------------------------
 def evaluate(cfg, vits, splits):
     """Print and yield a row for clean images, the run's own distortions and fixed ones. "probe"
-    is the accuracy of a classifier fitted on features of images that were distorted alike,
+    is the accuracy of a classifier fitted on each ViT's own features under the same distortion,
     "clean_probe" of the one fitted on the teacher's features of clean images."""
     scale = cfg.data_size / 32  # of blur, which is in pixels
     fixed = [{"blur": 1.4 * scale}, {"noise": 0.15}, {"noise": 0.3}, {"mask": 0.5}, {"salt": 0.1},
              {"contrast": 0.7}, {"blur": 0.7 * scale, "noise": 0.1, "mask": 0.2}]
     train_y, test_y = [torch.cat([y for _, y in split]).to(cfg.device) for split in splits]
-    for i, severities in enumerate([{}, cfg.severities, *fixed]):
-        one_of = i == 1 and cfg.one_of
+    for severities in ({}, cfg.severities, *fixed):
+        trained = severities is cfg.severities
+        one_of = trained and cfg.one_of
         train_x, _ = distill.compare(*vits, splits[0], cfg, severities, one_of, seed=0)
         test_x, distances = distill.compare(*vits, splits[1], cfg, severities, one_of, seed=1)
-        row = {"distortion": distill.describe(severities, one_of), "trained": i == 1, **distances}
+        row = {"distortion": distill.describe(severities, one_of), "trained": trained, **distances}
         if len(train_y.unique()) > 1:  # else there is nothing to tell apart
-            if i == 0:
+            if not severities:  # clean images come first
                 clean_probe = fit_probe(train_x["teacher"], train_y)
             for who, x in test_x.items():
                 probe = fit_probe(train_x[who], train_y)
                 row[f"probe_{who}"] = (probe(x) == test_y).float().mean().item()
                 row[f"clean_probe_{who}"] = (clean_probe(x) == test_y).float().mean().item()
-        name = "trained" if i == 1 else row["distortion"]
+        name = "trained" if trained else row["distortion"]
         unseen = severities and not severities.keys() & cfg.severities.keys()
         cells = [f"{row[f'{t}_teacher']:.3f} → {row[f'{t}_student']:.3f}" for t in distill.TERMS]
         cells += [f"{100 * row[f'{p}_teacher']:.1f} → {100 * row[f'{p}_student']:.1f}"
@@ -70,23 +71,20 @@ def evaluate(cfg, vits, splits):
 # ---- The picture ---------------------------------------------------------------------------------
 @torch.inference_mode()
 def draw_patches(path, cfg, teacher, student, images):
-    """A row for each of images [n, 3, S, S], distorted at the highest severity. Patch features are
-    shown along the first three principal components of the teacher's at the clean image."""
-    highest = {name: max(value) for name, value in cfg.severities.items()}
-    kinds = [{name: high} for name, high in highest.items()] if cfg.one_of else [highest]
-    cells = []
-    for i, image in enumerate(images):
-        clean = image[None].to(cfg.device) / 255
-        both = torch.cat([clean, distill.distort(clean, **kinds[i % len(kinds)])])
-        x = distill.prepare(both, cfg.img_size, cfg.mean, cfg.std)
-        patches = torch.cat([teacher(x).patches, student(x[1:]).patches]).cpu()  # [3, N, D]
-        mean = patches[0].mean(dim=0)
-        axes = torch.linalg.svd(patches[0] - mean).Vh[:3].T  # [D, 3]
-        colours = (patches - mean) @ axes  # [3, N, 3]
-        colours = 0.5 + colours / (4 * colours[0].std(dim=0))
-        colours = colours.mT.unflatten(2, (round(colours.shape[1] ** 0.5), -1))  # [3, 3, h, w]
-        cells += [F.interpolate(x, 224) for x in (both.cpu(), colours)]
-    save_image(torch.cat(cells), path, nrow=5, pad_value=1)
+    """A row for each of images [n, 3, S, S], distorted as in training at the highest severity, with
+    patch features along the first three principal components of the teacher's at clean images."""
+    highest = {name: max(ends) for name, ends in cfg.severities.items()}
+    clean = images.to(cfg.device) / 255
+    distorted = distill.distort(clean, one_of=cfg.one_of, **highest)
+    x, y = [distill.prepare(z, cfg.img_size, cfg.mean, cfg.std) for z in (clean, distorted)]
+    patches = torch.stack([vit(z).patches for vit, z in ((teacher, x), (teacher, y), (student, y))])
+    mean = patches[0].mean(dim=1, keepdim=True)  # of patches [3, n, N, D]
+    axes = torch.linalg.svd((patches[0] - mean).cpu()).Vh[:, :3].mT.to(cfg.device)  # [n, D, 3]
+    colours = (patches - mean) @ axes  # [3, n, N, 3]
+    colours = 0.5 + colours / (4 * colours[0].std(dim=1, keepdim=True))
+    colours = colours.mT.unflatten(3, (round(colours.shape[2] ** 0.5), -1))  # [3, n, 3, h, w]
+    cells = [F.interpolate(z, 224) for z in (clean, distorted, *colours)]
+    save_image(torch.stack(cells, dim=1).flatten(0, 1), path, nrow=5, pad_value=1)
     print(f"{path}: clean, distorted, patches of the teacher at clean, then of both at distorted")
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -96,6 +94,7 @@ def main():
     parser.add_argument("--max-images", type=int, default=1000, help="of each split [1000]")
     parser.add_argument("--device", choices=sorted({"cpu", distill.DEVICE}), default=distill.DEVICE)
     args = parser.parse_args()
+    torch.manual_seed(0)  # of the probes' first weights and the picture's distortions
     try:
         config = json.loads(Path(args.run, "config.json").read_text())
         cfg = argparse.Namespace(**{**config, "workers": 2, **vars(args)})
