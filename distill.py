@@ -90,7 +90,7 @@ class ViT(nn.Module):
                  num_registers=0, layer_scale=False):
         super().__init__()
         if img_size % patch_size or not num_heads or embed_dim % num_heads:
-            raise ValueError(f"{img_size=} / {patch_size=} or {embed_dim=} / {num_heads=}: broken")
+            raise ValueError(f"{img_size=} / {patch_size=} or {embed_dim=} / {num_heads=}: a rest")
         self.img_size = img_size
         self.num_registers = num_registers
         num_patches = (img_size // patch_size) ** 2
@@ -147,7 +147,7 @@ def resize_pos_embed(pos_embed, side, registers):
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 def find_vit(checkpoint):
-    """The tensors of the first ViT in a checkpoint, under DINO's names."""
+    """The tensors of the first ViT in a checkpoint, under DINO's names: unwrapped, no prefix."""
     for key in ("teacher", "model", "state_dict"):
         checkpoint = checkpoint.get(key, checkpoint)
     last = "patch_embed.proj.weight"
@@ -392,6 +392,29 @@ def train_teacher(teacher, dataset, cfg):
         optimizer.step()
     print(f"teacher  loss {loss.item():.3f} in its last step", flush=True)
 
+@torch.inference_mode()
+def compare(teacher, student, batches, cfg, severities, one_of=False, seed=0):
+    """Give both ViTs the same distorted copies of batches of (images, labels). Returns embeddings
+    {"teacher": [n, D], "student": [n, D]}, and distances {f"{term}_{who}"}: that term of the loss
+    between either one's features of the distorted and the teacher's of the clean images."""
+    generator = torch.Generator(cfg.device).manual_seed(seed)
+    embeddings = {"teacher": [], "student": []}
+    totals = {f"{term}_{who}": 0.0 for who in embeddings for term in TERMS}
+    for images, _ in batches:
+        images = images.to(cfg.device) / 255
+        pair = (images, distort(images, generator, one_of, **severities))
+        clean, distorted = [prepare(x, cfg.img_size, cfg.mean, cfg.std) for x in pair]
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            target = teacher(clean, attn_blocks=1)
+            for who, vit in (("teacher", teacher), ("student", student)):
+                features = vit(distorted, attn_blocks=1)
+                embeddings[who].append(features.cls.float().clone())  # a view would keep all tokens
+                for term, value in distill_loss(features, target)[1].items():
+                    totals[f"{term}_{who}"] += len(images) * value.item()
+    embeddings = {who: torch.cat(parts) for who, parts in embeddings.items()}
+    n = len(embeddings["teacher"])  # below, max: rounding can give less than 0
+    return embeddings, {name: max(total / n, 0.0) for name, total in totals.items()}
+
 def train(teacher, train_set, test_set, cfg):
     """Distil the teacher into a copy of it, or go on after the last epoch that was finished."""
     student = copy.deepcopy(teacher)
@@ -404,7 +427,7 @@ def train(teacher, train_set, test_set, cfg):
         optimizer.load_state_dict(last["optimizer"])
         log = last["log"]
     model = torch.compile(module, dynamic=False) if cfg.compile else module
-    if WORLD > 1:  # which also gives all processes the first one's teacher and student
+    if WORLD > 1:  # sends all the first process's weights to the others, the frozen ones too
         model = nn.parallel.DistributedDataParallel(model)
     sampler = DistributedSampler(train_set, WORLD, RANK, seed=1000 * cfg.seed, drop_last=True)
     loader = make_loader(train_set, cfg, cfg.batch_size // WORLD, sampler)
@@ -415,13 +438,13 @@ def train(teacher, train_set, test_set, cfg):
         total_loss = 0
         bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=RANK > 0 or None)
         for step, (images, _) in enumerate(bar, start=epoch * len(loader)):
-            clean = images.to(cfg.device, non_blocking=True) / 255
+            images = images.to(cfg.device, non_blocking=True) / 255
             generator.manual_seed((1_000_000 * cfg.seed + step) * WORLD + RANK)
-            distorted = distort(clean, generator, cfg.one_of, cfg.clean, **cfg.severities)
-            teacher_input = prepare(clean, cfg.img_size, cfg.mean, cfg.std)
-            student_input = prepare(distorted, cfg.img_size, cfg.mean, cfg.std)
+            distorted = distort(images, generator, cfg.one_of, cfg.clean, **cfg.severities)
+            clean = prepare(images, cfg.img_size, cfg.mean, cfg.std)
+            distorted = prepare(distorted, cfg.img_size, cfg.mean, cfg.std)
             with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-                loss, _ = model(teacher_input, student_input)
+                loss, _ = model(clean, distorted)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -447,52 +470,27 @@ def train(teacher, train_set, test_set, cfg):
             save({"student": student.state_dict(), "optimizer": optimizer.state_dict(),
                   "log": log}, f"{cfg.out}/last.pt")  # last: if killed before, the epoch recurs
 
-@torch.inference_mode()
-def compare(teacher, student, batches, cfg, severities, one_of=False, seed=0):
-    """Give both ViTs the same distorted copies of batches of (images, labels). Returns embeddings
-    {"teacher": [n, D], "student": [n, D]}, and distances {f"{term}_{who}"}: that term of
-    distill_loss, with the teacher's features of the clean images as its target."""
-    generator = torch.Generator(cfg.device).manual_seed(seed)
-    embeddings = {"teacher": [], "student": []}
-    totals = {f"{term}_{who}": 0.0 for who in embeddings for term in TERMS}
-    for images, _ in batches:
-        clean = images.to(cfg.device) / 255
-        distorted = distort(clean, generator, one_of, **severities)
-        clean, distorted = [prepare(x, cfg.img_size, cfg.mean, cfg.std) for x in (clean, distorted)]
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            target = teacher(clean, attn_blocks=1)
-            for who, vit in (("teacher", teacher), ("student", student)):
-                features = vit(distorted, attn_blocks=1)
-                embeddings[who].append(features.cls.float().clone())  # a view would keep all tokens
-                for term, value in distill_loss(features, target)[1].items():
-                    totals[f"{term}_{who}"] += len(images) * value.item()
-    embeddings = {who: torch.cat(parts) for who, parts in embeddings.items()}
-    n = len(embeddings["teacher"])  # below, max: rounding can give less than 0
-    return embeddings, {name: max(total / n, 0.0) for name, total in totals.items()}
-
 # ---- The run -------------------------------------------------------------------------------------
 def run(cfg):
     """The whole run, in this process and in those that torchrun has started beside it."""
-    if cfg.device == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
         if LOCAL_RANK > 0:
-            dist.barrier()  # waits for this machine's first process, which may download
+            dist.barrier()  # until this machine's first process, which downloads, meets its own
     # A folder belongs to the options in its config.json; those of the machine may change.
     options = json.dumps({name: value for name, value in vars(cfg).items()
                           if name not in ("out", "device", "workers", "compile")}, indent=1)
     config, teacher_path = Path(cfg.out, "config.json"), Path(cfg.out, "teacher.pth")
-    has_teacher = teacher_path.exists()
-    found = config.read_text() if config.exists() else ""
-    if (found or has_teacher) and found != options:
+    if config.exists() and config.read_text() != options:
         raise UserError(f"{cfg.out} holds a run with other options: choose another --out")
+    if teacher_path.exists() and not config.exists():
+        raise UserError(f"{teacher_path} is of no run: choose another --out")
     train_set, test_set = load_data(cfg)
     if cfg.batch_size > len(train_set) or cfg.batch_size % WORLD:
         raise UserError(f"--batch-size {cfg.batch_size} of {len(train_set)} images, {WORLD} parts")
     try:  # first a black image, to see whether the distortions are possible
         distort(torch.zeros(1, 3, cfg.data_size, cfg.data_size), clean=cfg.clean, **cfg.severities)
-        weights = teacher_path if has_teacher else cfg.weights
+        weights = teacher_path if teacher_path.exists() else cfg.weights
         if weights == "scratch":  # a small ViT of width 64 and depth 4 on a grid of 8 by 8 patches
             torch.manual_seed(cfg.seed)
             teacher = ViT(cfg.img_size, cfg.img_size // 8 or 1, 64, 4, cfg.num_heads or 1)
@@ -555,9 +553,8 @@ def main():
     add("--workers", type=int, default=min(8, os.cpu_count()), help="that read images [up to 8]")
     cfg = parser.parse_args()
     try:
-        can_be_zero = ("seed", "workers", "clean", "one_of", "compile")
         for name, value in vars(cfg).items():
-            smallest = 0 if name in can_be_zero else 1e-12
+            smallest = 0 if name in ("seed", "workers", "clean", "one_of", "compile") else 1e-12
             if isinstance(value, (int, float)) and not smallest <= value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
         cfg.weights = cfg.weights or ("scratch" if cfg.data == "stripes" else "dinov2_vits14")
@@ -568,14 +565,17 @@ def main():
         cfg.img_size = cfg.img_size or (cfg.data_size if scratch else 224)
         cfg.batch_size = cfg.batch_size or (16 if scratch else 64)
         cfg.lr = cfg.lr or (3e-3 if scratch else 3e-5)
-        typed = {name: vars(cfg)[name] for name in DISTORTIONS if vars(cfg)[name] is not None}
-        mixture = {"blur": [0, 1.5 * cfg.data_size / 32], "noise": [0, 0.4], "mask": [0, 0.6]}
-        cfg.severities = typed or mixture
-        cfg.one_of = cfg.one_of or not typed
-        if cfg.clean is None:
-            cfg.clean = 0.0 if typed else 0.2
-        distortions = describe(typed, cfg.one_of) if typed else "mixture"
+        cfg.severities = {name: x for name, x in vars(cfg).items() if name in DISTORTIONS and x}
+        distortions = describe(cfg.severities, cfg.one_of)
+        if not cfg.severities:
+            distortions, cfg.one_of = "mixture", True
+            blur = [0, 1.5 * cfg.data_size / 32]
+            cfg.severities = {"blur": blur, "noise": [0, 0.4], "mask": [0, 0.6]}
+            cfg.clean = 0.2 if cfg.clean is None else cfg.clean
+        cfg.clean = cfg.clean or 0.0
         cfg.out = cfg.out or f"runs/{Path(cfg.data).resolve().name}-{distortions}"
+        if cfg.device == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)
         native = cfg.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.dtype = cfg.dtype or ("bfloat16" if native else "float32")
         if cfg.compile is None:
@@ -584,7 +584,7 @@ def main():
         if RANK == 0:
             print(f"{cfg.out} is finished; next: python eval.py {cfg.out}")
     except (UserError, OSError) as error:
-        parser.error(str(error).splitlines()[-1])  # a loader's process puts its traceback before it
+        parser.error(str(error).splitlines()[-1])  # a loader's process gives its traceback first
 
 if __name__ == "__main__":
     main()

@@ -35,7 +35,7 @@ def fit_probe(x, y):
     def score(penalty):
         linear = fit(x[fifth:], y[fifth:], penalty)
         return (linear(x[:fifth]).argmax(dim=1) == y[:fifth]).sum()
-    best = fit(x, y, max([1.0, 0.1, 0.01, 1e-3, 1e-4], key=score))
+    best = fit(x, y, penalty=max([1.0, 0.1, 0.01, 1e-3, 1e-4], key=score))
     return lambda x: classes[best((x - mean) / std).argmax(dim=1)]
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def evaluate(cfg, vits, splits):
                 row[f"probe_{who}"] = (probe(x) == test_y).float().mean().item()
                 row[f"clean_probe_{who}"] = (clean_probe(x) == test_y).float().mean().item()
         name = "trained" if trained else row["distortion"]
-        unseen = severities and not severities.keys() & cfg.severities.keys()
+        unseen = severities and severities.keys().isdisjoint(cfg.severities)
         cells = [f"{row[f'{t}_teacher']:.3f} → {row[f'{t}_student']:.3f}" for t in distill.TERMS]
         cells += [f"{100 * row[f'{p}_teacher']:.1f} → {100 * row[f'{p}_student']:.1f}"
                   for p in ("probe", "clean_probe") if f"{p}_teacher" in row]
@@ -74,16 +74,17 @@ def draw_patches(path, cfg, teacher, student, images):
     """A row for each of images [n, 3, S, S], distorted as in training at the highest severity, with
     patch features along the first three principal components of the teacher's at clean images."""
     highest = {name: max(ends) for name, ends in cfg.severities.items()}
-    clean = images.to(cfg.device) / 255
-    distorted = distill.distort(clean, one_of=cfg.one_of, **highest)
-    x, y = [distill.prepare(z, cfg.img_size, cfg.mean, cfg.std) for z in (clean, distorted)]
-    patches = torch.stack([vit(z).patches for vit, z in ((teacher, x), (teacher, y), (student, y))])
-    mean = patches[0].mean(dim=1, keepdim=True)  # of patches [3, n, N, D]
-    axes = torch.linalg.svd((patches[0] - mean).cpu()).Vh[:, :3].mT.to(cfg.device)  # [n, D, 3]
+    images = images.to(cfg.device) / 255
+    distorted = distill.distort(images, one_of=cfg.one_of, **highest)
+    good, bad = [distill.prepare(x, cfg.img_size, cfg.mean, cfg.std) for x in (images, distorted)]
+    found = (teacher(good), teacher(bad), student(bad))
+    patches = torch.stack([features.patches for features in found]).cpu()  # [3, n, N, D]
+    mean = patches[0].mean(dim=1, keepdim=True)
+    axes = torch.linalg.svd(patches[0] - mean).Vh[:, :3].mT  # [n, D, 3]
     colours = (patches - mean) @ axes  # [3, n, N, 3]
     colours = 0.5 + colours / (4 * colours[0].std(dim=1, keepdim=True))
     colours = colours.mT.unflatten(3, (round(colours.shape[2] ** 0.5), -1))  # [3, n, 3, h, w]
-    cells = [F.interpolate(z, 224) for z in (clean, distorted, *colours)]
+    cells = [F.interpolate(x, 224) for x in (images.cpu(), distorted.cpu(), *colours)]
     save_image(torch.stack(cells, dim=1).flatten(0, 1), path, nrow=5, pad_value=1)
     print(f"{path}: clean, distorted, patches of the teacher at clean, then of both at distorted")
 
@@ -111,7 +112,7 @@ def main():
         rows = list(evaluate(cfg, vits, splits))
         results = json.dumps({"config": vars(cfg), "epoch": epoch, "rows": rows}, indent=1)
         Path(cfg.run, "results.json").write_text(results)
-        draw_patches(f"{cfg.run}/patches.png", cfg, *vits, splits[1][0][0][:6])
+        draw_patches(f"{cfg.run}/patches.png", cfg, *vits, splits[1][0][0][:6])  # test images
     except (distill.UserError, OSError) as error:
         parser.error(str(error).splitlines()[-1])
 

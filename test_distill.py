@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,16 +27,13 @@ from torchvision.transforms.functional import gaussian_blur
 import distill
 import eval as evaluation
 
-HERE = Path(__file__).parent
-
 # ---- Helpers -------------------------------------------------------------------------------------
 def small_vit():
     torch.manual_seed(0)
     return distill.ViT(img_size=16, patch_size=8, embed_dim=64, depth=2, num_heads=1)
 
 def randomize(vit):
-    """Weights large enough that attention is not uniform and every layer counts."""
-    for parameter in vit.parameters():
+    for parameter in vit.parameters():  # large enough that attention is not uniform
         torch.nn.init.normal_(parameter, std=0.1)
 
 def close(a, b, tolerance=1e-4):
@@ -52,7 +48,6 @@ def random_features(seed, maps=2):
     return distill.Features(torch.randn(3, 8), torch.randn(3, 4, 8), attn)
 
 def command(world, out, more=""):
-    """distill.py's options for a run of a second; what is typed last counts."""
     return (f"--data {world}/images --weights {world}/vit.pth --data-size 16 --img-size 16 "
             f"--batch-size 8 --workers 0 --device cpu --epochs 2 --out {out} {more}")
 
@@ -61,16 +56,9 @@ def call(module, words):
         module.main()
 
 def error_of(capsys, module, words):
-    """The line with which a command fails."""
     with pytest.raises(SystemExit, match="2"):
         call(module, words)
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "error: " in line
-    return line
-
-def launch(words, launcher=""):
-    line = [sys.executable, *launcher.split(), str(HERE / "distill.py"), *shlex.split(words)]
-    subprocess.run(line, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return capsys.readouterr().err.strip().splitlines()[-1].split("error: ")[1]
 
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -94,16 +82,17 @@ def world(tmp_path_factory):
     for name in ("odd", "deep", "half"):
         shutil.copytree(root / "images", root / name)
     shutil.copytree(root / "images/val/class0", root / "odd/val/lonely")
+    for split in ("train", "val"):
+        shutil.copytree(root / f"images/{split}/class0", root / f"one/{split}/all")
     Image.fromarray(np.full((9, 9), 3, np.uint16)).save(root / "deep/train/class0/bad.png")
-    png = (root / "images/val/class0/0.png").read_bytes()
-    (root / "half/train/class0/bad.jpg").write_bytes(png[:99])
+    (root / "half/train/class0/bad.jpg").write_text("no image")
     torch.save(small_vit().state_dict(), root / "vit.pth")
     return root
 
 # ---- The ViT and its weights ---------------------------------------------------------------------
 @pytest.mark.parametrize("name", [
     "small_patch14_dinov2", "small_patch14_reg4_dinov2", "tiny_patch16_224", "huge_patch14_224"])
-def test_features_and_maps_are_timms(name, tmp_path, monkeypatch):
+def test_features_and_maps_are_timms(name, tmp_path):
     timm = pytest.importorskip("timm")
     timm.layers.set_fused_attn(False)  # so that there are maps
     side = 28 if "14" in name else 32
@@ -127,13 +116,12 @@ def test_features_and_maps_are_timms(name, tmp_path, monkeypatch):
             assert close(found.cls, tokens[:, 0]) and close(found.patches, tokens[:, -4:])
             assert all(close(a, b) for a, b in zip(found.attn, maps[3 - attn_blocks:], strict=True))
         with torch.autocast("cpu", torch.bfloat16):
-            found = ours(images, 1)
-    assert close(found.cls.float(), tokens[:, 0], 0.1) and found.attn[0].dtype == torch.float32
+            assert ours(images, 1).attn[0].dtype == torch.float32
 
 def test_an_exported_vit_takes_any_number_of_images():
     vit = small_vit()
-    dynamic = ({0: torch.export.Dim("batch")},)
-    exported = torch.export.export(vit, (torch.rand(2, 3, 16, 16),), dynamic_shapes=dynamic)
+    shapes = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(vit, (torch.rand(2, 3, 16, 16),), dynamic_shapes=shapes)
     images = torch.rand(5, 3, 16, 16)
     assert close(exported.module()(images)[0], vit(images).cls, 1e-5)
 
@@ -180,8 +168,7 @@ class Attack:
 
 @pytest.mark.parametrize("key, value, message", [
     ("blocks.1.norm2.bias", None, "blocks.1.norm2.bias"), ("extra", torch.zeros(1), "extra"),
-    ("pos_embed", torch.zeros(1, 4, 64), "unflatten"), ("cls_token", Attack(), "Unpickling"),
-    ("patch_embed.proj.weight", None, "patch_embed.proj.weight"),
+    ("patch_embed.proj.weight", None, "patch_embed"), ("cls_token", Attack(), "Unpickling"),
     ("patch_embed.proj.weight", torch.zeros(96, 3, 8, 8), "num_heads")])
 def test_foreign_weights_are_refused_and_run_no_code(tmp_path, monkeypatch, key, value, message):
     monkeypatch.chdir(tmp_path)
@@ -193,12 +180,11 @@ def test_foreign_weights_are_refused_and_run_no_code(tmp_path, monkeypatch, key,
 
 @pytest.mark.parametrize("before, after", [(32, 112), (64, 24)])
 def test_prepare_resizes_as_pillow_and_normalizes(before, after):
-    images = torch.rand(2, 3, before, before, dtype=torch.float64)
-    mean, std = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
-    found = distill.prepare(images, after, mean, std)
-    for channel in range(3):
-        plane = pillow_resized(images[1, channel].float(), after)
-        assert close(found[1, channel], (plane - mean[channel]) / std[channel], 1e-5)
+    images = torch.rand(2, 3, before, before)
+    mean_std = ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    found = distill.prepare(images.double(), after, *mean_std)
+    for x, plane, mean, std in zip(found[1], images[1], *mean_std, strict=True):
+        assert close(x, (pillow_resized(plane, after) - mean) / std, 1e-5)
     assert found.dtype == torch.float32
 
 # ---- Distortions and loss ------------------------------------------------------------------------
@@ -229,8 +215,6 @@ def test_with_one_of_each_image_shows_one_kind_or_is_left_bit_for_bit():
     state = torch.get_rng_state()
     kinds = {"contrast": 0.5, "salt": 0.5, "mask": 0.5}
     found = distill.distort(images, seeded(0), True, 0.25, **kinds)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(distill.distort(images, seeded(0), True, 0.25, **kinds), found)
     assert torch.equal(state, torch.get_rng_state())  # only the generator's numbers are drawn
     salt = (found == 1).any(dim=(1, 2, 3))
     shows = [(found == images).all(dim=(1, 2, 3)), (found == 0.375).all(dim=(1, 2, 3)), salt,
@@ -248,7 +232,6 @@ def test_loss_is_the_formula_written_another_way():
         assert torch.allclose(terms[name], value, atol=1e-6)
     weighted = expected["global"] + 2 * expected["patch"] + 3 * expected["attn"]
     assert torch.allclose(total, weighted, atol=1e-5)
-    assert distill.distill_loss(s._replace(attn=()), t._replace(attn=()))[1]["attn"] == 0
 
 def test_loss_of_sharp_attention_is_exact():
     student, teacher = 20 * torch.randn(2, 3, 2, 5, 5, generator=seeded(2))  # sharp, as block 0's
@@ -260,13 +243,10 @@ def test_loss_of_sharp_attention_is_exact():
     grads = [torch.autograd.grad(loss, student)[0] for loss in (found, exact)]
     assert close(found, exact) and close(*grads)
 
-class DroppingViT(distill.ViT):
-    def forward(self, images, attn_blocks=0):
-        return super().forward(F.dropout(images, 0.5, self.training), attn_blocks)
-
 def test_the_method_is_a_module_that_leaves_the_teacher_alone():
-    teacher = DroppingViT(16, 8, 64, 2, 1)
+    teacher = small_vit()
     randomize(teacher)
+    teacher.norm = torch.nn.Sequential(teacher.norm, torch.nn.Dropout(0.5))
     student = copy.deepcopy(teacher).eval()
     module = distill.Distillation(teacher, student, 2, (1, 2, 3))
     clean, distorted = torch.rand(2, 3, 3, 16, 16)
@@ -288,72 +268,54 @@ def test_the_method_mixes_no_devices_on_a_gpu():
             assert {x.device.type for x in (distorted, loss, *terms.values())} == {"cuda"}
 
 @pytest.mark.parametrize("bad", [
-    "ViT(15, 8, 64, 1, 1)", "small_vit()(torch.rand(1, 3, 20, 20))",
-    "load_vit('vit_giant', 16)", "prepare((255 * images).byte(), 8)",
-    "distort((255 * images).byte(), noise=0.1)", "distort(images[0], noise=0.1)",
-    "distort(images, noise=-0.1)", "distort(images, noise=math.nan)",
-    "distort(images, noise=math.inf)", "distort(images, noise=(0.5, 0.1))",
-    "distort(images, noise=(1, 2, 3))", "distort(images, mask=1.1)", "distort(images, blur=4.0)",
-    "distort(images, salt=(0.5, 1.1))", "distort(images, contrast=1.1)", "distort(images, fog=1)",
-    "distort(images, noise=0.1, clean=1.5)", "distill_loss(f(0), f(1, maps=1))"])
+    "ViT(15, 8, 64, 1, 1)", "small_vit()(torch.rand(1, 3, 20, 20))", "load_vit('vit_giant', 16)",
+    "prepare((255 * x).byte(), 8)", "distort((255 * x).byte(), noise=0.1)",
+    "distort(x[0], noise=0.1)", "distort(x, noise=-0.1)", "distort(x, noise=math.nan)",
+    "distort(x, noise=math.inf)", "distort(x, noise=(0.5, 0.1))", "distort(x, noise=(1, 2, 3))",
+    "distort(x, mask=1.1)", "distort(x, blur=4.0)", "distort(x, salt=(0.5, 1.1))",
+    "distort(x, fog=1)", "distort(x, noise=0.1, clean=1.5)", "distill_loss(f(0), f(1, maps=1))"])
 def test_bad_arguments_are_value_errors(bad):
-    names = {**vars(distill), "small_vit": small_vit, "f": random_features,
-             "images": torch.rand(1, 3, 8, 8)}
+    names = {"small_vit": small_vit, "f": random_features, "x": torch.rand(1, 3, 8, 8)}
     with pytest.raises(ValueError):
-        eval(bad, names)
-
-def blobs(n, seed=0):
-    """n noisy points around a centre for each of four classes, and their labels."""
-    g = seeded(seed)
-    y = torch.randint(4, (n,), generator=g)
-    return torch.randn(4, 20, generator=seeded(99))[y] + 1.5 * torch.randn(n, 20, generator=g), y
+        eval(bad, {**vars(distill), **names})
 
 def test_probe_is_within_a_point_of_scikit_learns_best():
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    (x, y), (test_x, test_y) = blobs(2500), blobs(5000, seed=1)
-    x[:, 3] = test_x[:, 3] = 7.0  # a constant
-    order = (10 * y).argsort()  # sorted by class: the probe shuffles by itself
-    found = evaluation.fit_probe(x[order], 10 * y[order])(test_x)
-    right = (found == 10 * test_y).float().mean()
-    x, test_x = [(features - x.mean(0)) / (x.std(0) + 1e-6) for features in (x, test_x)]
-    models = [linear_model.LogisticRegression(C=C, max_iter=500) for C in 10.0 ** np.arange(-5, 3)]
-    assert abs(right - max(model.fit(x, y).score(test_x, test_y) for model in models)) < 0.01
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    from sklearn.datasets import make_blobs
+    x, y = make_blobs(7500, 20, centers=4, center_box=(-1, 1), cluster_std=1.5, random_state=0)
+    x, y = torch.tensor(x).float(), torch.tensor(y)
+    x[:, 3] = 7.0  # a constant
+    order = y[:2500].argsort()  # sorted by class: the probe shuffles by itself
+    found = evaluation.fit_probe(x[:2500][order], 10 * y[:2500][order])(x[2500:])
+    x = (x - x[:2500].mean(0)) / (x[:2500].std(0) + 1e-6)
+    best = max(sklearn.LogisticRegression(C=C, max_iter=500).fit(x[:2500], y[:2500]).score(
+        x[2500:], y[2500:]) for C in 10.0 ** np.arange(-5, 3))
+    assert abs((found == 10 * y[2500:]).float().mean() - best) < 0.01 and best < 0.95
 
 # ---- The data ------------------------------------------------------------------------------------
-def test_a_folder_of_what_people_have(tmp_path):
+def test_images_are_read_upright_and_in_colour(tmp_path):
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 30, 3), np.uint8))
+    for mode in ("L", "P", "RGBA", "CMYK", "LA"):
+        path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
+        rgb.convert(mode).save(path)
+        assert distill.read_image(path).mode == "RGB"
     sideways = Image.Exif()
     sideways[0x112] = 6
-    for split in ("train", "test"):
-        folder = tmp_path / split / "a b[1]"
-        folder.mkdir(parents=True)
-        for mode in ("RGB", "L", "P", "RGBA", "CMYK", "LA"):
-            rgb.convert(mode).save(folder / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
-        rgb.rotate(90, expand=True).save(folder / "turned.webp", lossless=True, exif=sideways)
-        (folder / "notes.txt").write_text("no image")
-    cfg = argparse.Namespace(data=str(tmp_path), data_size=16, max_images=None)
-    images = torch.stack([image for image, _ in distill.load_data(cfg)[0]])
-    assert images.shape == (7, 3, 16, 16) and images.dtype == torch.uint8
-    expected = np.asarray(rgb.crop((0, 10, 30, 40)).resize((16, 16)), float)
-    distances = np.abs(images.permute(0, 2, 3, 1).numpy() - expected).mean((1, 2, 3))
-    assert (distances < 6).sum() >= 3  # RGB, RGBA and the one that was turned
+    rgb.rotate(90, expand=True).save(path.with_suffix(".webp"), lossless=True, exif=sideways)
+    assert distill.read_image(path.with_suffix(".webp")).tobytes() == rgb.tobytes()
 
 def test_the_headline_command_with_its_downloads(world, tmp_path, monkeypatch, capsys):
-    """CIFAR-10 and DINOv2 by torchvision's and torch.hub's own code, from a server of small ones;
-    the second time from disk."""
     def digest(path):
         return hashlib.md5(path.read_bytes()).hexdigest()
     batches = tmp_path / "served/cifar-10-batches-py"
     batches.mkdir(parents=True)
-    pixels = np.arange(24, dtype=np.uint8).repeat(3072).reshape(24, 3072)
-    content = {"data": pixels, "labels": [0, 1] * 12, "label_names": ["cat", "dog"]}
+    content = {"data": np.zeros((24, 3072), np.uint8), "labels": [0, 1] * 12, "label_names": "ab"}
     files = {}
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
         (batches / name).write_bytes(pickle.dumps(content))
         files[name] = [name, digest(batches / name)]
-    archive = batches.parent / "cifar-10-python.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(batches, batches.name)
+    archive = Path(shutil.make_archive(
+        batches.parent / "cifar-10-python", "gztar", batches.parent, batches.name))
     shutil.copy(world / "vit.pth", batches.parent / "dinov2.pth")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=batches.parent)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -371,34 +333,27 @@ def test_the_headline_command_with_its_downloads(world, tmp_path, monkeypatch, c
     call(distill, words)
     server.shutdown()
     server.server_close()
-    first, second = Path("runs/cifar10-noise0.1"), Path("runs/again")
+    first = Path("runs/cifar10-noise0.1")
     assert torch.equal(weights_of(first / "teacher.pth"), weights_of(world / "vit.pth"))
-    call(distill, f"{words} --out {second}")  # without a server
-    assert same_students(first, second)
+    call(distill, f"{words} --out runs/again")  # the server is gone
+    assert same_students(first, Path("runs/again"))
     shutil.rmtree("hub")
     assert "checkpoints" in error_of(capsys, distill, f"{words} --out runs/third")
     assert not Path("runs/third").exists()  # a run that cannot begin owns no folder
-    shutil.rmtree("data")
-    assert "--data cifar10" in error_of(capsys, distill, words)
 
 # ---- Training and runs ---------------------------------------------------------------------------
 def test_a_run_learns_and_leaves_its_folder(world, tmp_path, capsys):
     out = tmp_path / "run"
-    with mock.patch.object(distill, "learning_rate", wraps=distill.learning_rate) as rate:
-        call(distill, command(world, out, "--noise 0.3 0.6 --lr 2e-3 --epochs 40"))
-    assert [c.args for c in rate.mock_calls] == [(i, 240, 2e-3) for i in range(240)]
+    call(distill, command(world, out, "--noise 0.3 0.6 --lr 2e-3 --epochs 40"))
     rows = log_of(out)
-    assert list(rows[0]) == ["epoch", "loss", *[
-        f"{term}_{who}" for who in ("teacher", "student") for term in distill.TERMS],
-        "images_per_s"]
+    pairs = [f"{t}_{who}" for who in ("teacher", "student") for t in distill.TERMS]
+    assert list(rows[0]) == ["epoch", "loss", *pairs, "images_per_s"]
     assert len(rows) == 40 and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert all(rows[-1][f"{t}_student"] < rows[-1][f"{t}_teacher"] for t in distill.TERMS)
     assert torch.equal(weights_of(out / "teacher.pth"), weights_of(world / "vit.pth"))
-    printed = capsys.readouterr().out
-    assert "epoch 40/40  loss 0." in printed and f"next: python eval.py {out}" in printed
+    assert "epoch 40/40  loss 0." in capsys.readouterr().out
 
-def test_a_new_kind_is_one_function_and_one_line_also_in_the_evaluation(
-        world, tmp_path, monkeypatch, capsys):
+def test_a_new_kind_is_a_function_and_a_line(world, tmp_path, monkeypatch, capsys):
     def invert(images, severity, highest, generator):
         return images + severity * (1 - 2 * images)
     monkeypatch.setitem(distill.DISTORTIONS, "invert", (invert, 1))
@@ -412,28 +367,16 @@ def test_a_new_kind_is_one_function_and_one_line_also_in_the_evaluation(
     assert "epoch 1 of 2" in printed[0] and max(map(len, printed[:-1])) <= 100
     assert [line.split()[0] for line in printed if "unseen" in line] == [
         "blur0.7", "mask0.5", "salt0.1", "contrast0.7"]
-    results = json.loads((out / "results.json").read_text())
-    assert results["epoch"] == 1 and results["config"]["epochs"] == 2
-    rows = results["rows"]
+    _, epoch, rows = json.loads((out / "results.json").read_text()).values()
     assert [row["distortion"] for row in rows[:2]] == ["clean", out.name.removeprefix("images-")]
-    assert [row["trained"] for row in rows] == [False, True] + [False] * 7
+    assert epoch == 1 and [row["trained"] for row in rows] == [False, True] + [False] * 7
     assert all(len(row) == 12 and 0 <= row["clean_probe_student"] <= 1 for row in rows)
     assert rows[1]["attn_teacher"] > 0 and abs(rows[0]["patch_teacher"]) < 1e-6
     assert np.asarray(Image.open(out / "patches.png")).shape == (226 * 6 + 2, 1132, 3)
     assert "--max-images 0" in error_of(capsys, evaluation, f"{out} --max-images 0")
-    assert "config.json" in error_of(capsys, evaluation, str(tmp_path))
-
-def test_images_of_one_class_have_distances_and_no_probes(world, tmp_path):
-    for split in ("train", "val"):
-        shutil.copytree(world / f"images/{split}/class0", tmp_path / f"one/{split}/all")
-    call(distill, command(world, tmp_path / "run", f"--noise 0.2 --data {tmp_path}/one"))
-    call(evaluation, f"{tmp_path}/run")
-    rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
-    assert len(rows) == 9 and all(len(row) == 8 for row in rows)
 
 def test_distances_are_those_of_the_loss():
-    half = (0.5,) * 3
-    cfg = argparse.Namespace(device="cpu", dtype="float32", img_size=16, mean=half, std=half)
+    cfg = mock.Mock(device="cpu", dtype="float32", img_size=16, mean=[0.5] * 3, std=[0.5] * 3)
     teacher, student = small_vit(), small_vit()
     randomize(student)
     images = torch.randint(256, (7, 3, 16, 16), generator=seeded(0)).byte()
@@ -450,7 +393,6 @@ def test_the_default_run_trains_its_teacher_first(tmp_path, monkeypatch):
     config = json.loads(Path("runs/stripes-mixture/config.json").read_text())
     severities = {"blur": [0, 1.5], "noise": [0, 0.4], "mask": [0, 0.6]}
     assert (config["one_of"], config["clean"], config["severities"]) == (True, 0.2, severities)
-    call(evaluation, "runs/stripes-mixture --max-images 60")
 
 @pytest.mark.parametrize("more", ["", "--weights scratch"])
 def test_a_run_goes_on_to_the_same_bits(world, tmp_path, capsys, more):
@@ -458,15 +400,10 @@ def test_a_run_goes_on_to_the_same_bits(world, tmp_path, capsys, more):
     whole, broken = [tmp_path / name for name in ("whole", "broken")]
     call(distill, command(world, whole, more))
     words = command(world, broken, f"{more} --workers 2")
-    save = distill.save
     for writes in (1, 4, 3):  # as if killed before the teacher, a last.pt, a student is written
-        effects = [save] * (writes - 1) + [KeyboardInterrupt]
-        def stop(content, path, effects=effects):
-            effect = effects.pop(0)
-            if effect is KeyboardInterrupt:
-                raise effect
-            effect(content, path)
-        with mock.patch.object(distill, "save", stop), pytest.raises(KeyboardInterrupt):
+        effects = [mock.DEFAULT] * (writes - 1) + [KeyboardInterrupt]
+        stop = mock.patch.object(distill, "save", wraps=distill.save, side_effect=effects)
+        with stop, pytest.raises(KeyboardInterrupt):
             call(distill, words)
     call(distill, words)
     assert same_students(whole, broken)
@@ -480,10 +417,11 @@ def test_a_run_goes_on_to_the_same_bits(world, tmp_path, capsys, more):
     assert "choose another --out" in error_of(capsys, distill, words)
 
 def test_two_processes_end_where_one_does(world, tmp_path):
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    more = "--blur 1.0 --lr 1e-3"
-    launch(command(world, tmp_path / "one", more))
-    launch(command(world, tmp_path / "two", more), launcher)
+    parallel = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    for name, launcher in (("one", ""), ("two", parallel)):
+        words = command(world, tmp_path / name, "--blur 1.0 --lr 1e-3")
+        line = f"{sys.executable} {launcher} {distill.__file__} {words}"
+        subprocess.run(line.split(), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     one, two = [weights_of(tmp_path / name / "student.pth") for name in ("one", "two")]
     assert (one - two).norm() < 0.05 * (one - weights_of(world / "vit.pth")).norm()
 
@@ -493,22 +431,23 @@ def test_a_compiled_run_is_one_graph_and_ends_like_an_eager_one(world, tmp_path,
     monkeypatch.setattr(torch, "compile", lambda function, **more: torch_compile(
         function, backend=backend, fullgraph=True, **more))
     for name in ("no-compile", "compile"):
-        more = f"--noise 0.2 --epochs 4 --batch-size 10 --{name}"
+        more = f"--data {world}/one --noise 0.2 --batch-size 10 --{name}"
         call(distill, command(world, tmp_path / name, more))
     assert backend.call_count == 1
     assert same_students(tmp_path / "no-compile", tmp_path / "compile")
+    call(evaluation, f"{tmp_path}/compile")  # of one class there are distances and no probes
+    rows = json.loads((tmp_path / "compile/results.json").read_text())["rows"]
+    assert len(rows) == 9 and all(len(row) == 8 for row in rows)
 
-# ---- What goes wrong -----------------------------------------------------------------------------
 BAD = (  # options | what the message says
-    "--img-size 0|--img-size, --data-size -16|--data-size, --batch-size 0|--batch-size, "
+    "--img-size 0|--img-size, --data-size -16|--data-size, --batch-size 0|--batch-size, --lr 0|lr, "
     "--batch-size 1000|--batch-size, --epochs 0|--epochs, --max-images 0|--max-images, "
-    "--weights vit_giant|vit_giant, --weights {text}|{text}, --img-size 20|img_size=20, "
-    "--weights scratch --num-heads 3|num_heads=3, --seed -1|--seed, --workers -1|--workers, "
-    "--lr 0|--lr, --lr nan|--lr, --data nowhere|nowhere, --data {world}/images/val|train/all, "
-    "--data {world}/odd|other classes, --data {world}/deep --workers 2|bad.png, "
-    "--data {world}/half|bad.jpg, --data stripes|stripes are 32, --out {text}|{text}, "
-    "--noise -1|noise, --blur 8|blur, --mask 0.5 1.1|mask, --clean 1.5|clean, "
-    "--noise 1 2 3|shape, --lr 1e9|not finite, --device abacus|abacus").split(", ")
+    "--weights vit_giant|vit_giant, --weights {text}|{text}, --img-size 20|img_size=20, --seed -1|"
+    "--seed, --weights scratch --num-heads 3|num_heads=3, --workers -1|--workers, --lr nan|--lr, "
+    "--data nowhere|nowhere, --data {world}/images/val|train/all, --data {world}/odd|other, "
+    "--data {world}/deep --workers 2|bad.png, --data {world}/half|bad.jpg, --out {text}|text, "
+    "--data stripes|stripes are 32, --noise -1|noise, --blur 8|blur, --mask 0.5 1.1|mask, --clean "
+    "1.5|clean, --noise 1 2 3|shape, --lr 1e9|not finite, --device abacus|abacus").split(", ")
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_options_end_in_one_line(case, world, tmp_path, capsys):

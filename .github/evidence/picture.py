@@ -1,40 +1,58 @@
 # SPDX-License-Identifier: MIT
-"""python .github/evidence/picture.py RUN FILE...: each photo under each kind of the mixture at its
-highest severity, as eval.py draws them into RUN/patches.png; cosines of embedding and patches
-with the teacher's at the clean photo, teacher → student; and README.png, of three of the rows.
-"""
+"""python .github/evidence/picture.py RUN PHOTO...: draw the README's picture, patches.png: each
+photo under one kind of distortion; all under all in patches-all.png (pip install matplotlib)."""
+import argparse
+import json
 import sys
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from measure import distill, evaluation, load, vit
-from PIL import Image
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-run, *files = sys.argv[1:]
-cfg, _, _ = load(run, 1, 1, seed=0)
-vits = {who: vit(run, cfg, who) for who in ("teacher", "student")}
-square = distill.square(cfg.data_size)
-kinds = list(cfg.severities)
-images = [square(distill.read_image(file)) for file in files for _ in kinds]
-evaluation.draw_patches(f"{run}/patches.png", cfg, vits, images)
-generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-for i, image in enumerate(images):
-    clean = image[None] / 255
-    kind = kinds[i % len(kinds)]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import distill
+
+run, *photos = sys.argv[1:]
+cfg = argparse.Namespace(**json.loads(Path(run, "config.json").read_text()))
+teacher, student = [distill.load_vit(f"{run}/{who}.pth", cfg.img_size, cfg.num_heads)
+                    for who in ("teacher", "student")]
+kinds = {"blur": "blur, σ = {:g} px", "noise": "noise, σ = {:g}", "mask": "{:.0%} missing"}
+generator = torch.Generator().manual_seed(0)
+names = ["photo", "distorted", "original ViT,\nclean photo", "original ViT,\nbad photo",
+         "student,\nbad photo"]
+
+@torch.inference_mode()
+def row_of(photo, kind):
+    """Five pictures, and what to write below each."""
+    clean = center_crop(resize(distill.read_image(photo), cfg.data_size), cfg.data_size)
+    clean = pil_to_tensor(clean)[None] / 255
     severity = max(cfg.severities[kind])
-    distorted = distill.distort(clean, generator, **{kind: severity})  # eval.py's draws
-    inputs = (cfg.img_size, cfg.mean, cfg.std)
-    with torch.inference_mode():
-        target = vits["teacher"](distill.prepare(clean, *inputs))
-        found = {who: vit(distill.prepare(distorted, *inputs)) for who, vit in vits.items()}
-    cls = [F.cosine_similarity(x.cls, target.cls).item() for x in found.values()]
-    patches = [F.cosine_similarity(x.patches, target.patches, dim=-1).mean().item()
-               for x in found.values()]
-    print(f"| {files[i // len(kinds)]} | {kind} {severity:g} | {cls[0]:.2f} → {cls[1]:.2f} "
-          f"| {patches[0]:.2f} → {patches[1]:.2f} |")
-whole = Image.open(f"{run}/patches.png")
-shown = [1, 5, 7]  # rocket under noise, coffee with missing pixels, astronaut under noise
-picture = Image.new("RGB", (whole.width, 2 + 226 * len(shown)), "white")
-for place, row in enumerate(shown):
-    picture.paste(whole.crop((0, 226 * row, whole.width, 226 * row + 228)), (0, 226 * place))
-picture.resize((picture.width * 3 // 4, picture.height * 3 // 4)).quantize(255).save("README.png")
+    distorted = distill.distort(clean, generator, **{kind: severity})
+    x, y = [distill.prepare(z, cfg.img_size, cfg.mean, cfg.std) for z in (clean, distorted)]
+    patches = [vit(z).patches[0] for vit, z in ((teacher, x), (teacher, y), (student, y))]
+    mean = patches[0].mean(dim=0)
+    axes = torch.linalg.svd(patches[0] - mean).Vh[:3].T
+    deviation = ((patches[0] - mean) @ axes).std(dim=0)
+    side = round(len(patches[0]) ** 0.5)
+    colours = [(0.5 + (z - mean) @ axes / (4 * deviation)).clamp(0, 1) for z in patches]
+    match = [F.cosine_similarity(z, patches[0], dim=1).mean().item() for z in patches]
+    print(f"| {Path(photo).stem} | {kind} {severity:g} | {match[1]:.2f} → {match[2]:.2f} |")
+    pictures = [clean[0].permute(1, 2, 0), distorted[0].permute(1, 2, 0)]
+    texts = ["", kinds[kind].format(severity), "target", *[f"match {m:.2f}" for m in match[1:]]]
+    return [*pictures, *[z.view(side, side, 3) for z in colours]], texts
+
+everything = {(photo, kind): row_of(photo, kind) for photo in photos for kind in kinds}
+few = [everything[pair] for pair in zip(photos, ("noise", "mask", "blur"), strict=False)]
+for path, rows in (("patches.png", few), ("patches-all.png", list(everything.values()))):
+    figure, axes = plt.subplots(len(rows), 5, figsize=(10, 2.18 * len(rows)), layout="constrained")
+    for i, (pictures, texts) in enumerate(rows):
+        for j, (ax, picture, text) in enumerate(zip(axes[i], pictures, texts, strict=True)):
+            colour = "#d95f0e" if j == 4 else "black"
+            ax.imshow(picture.numpy(), interpolation="nearest")
+            ax.set(xticks=[], yticks=[], frame_on=False)
+            ax.set_xlabel(text, color=colour, fontsize=11)
+            if i == 0:
+                ax.set_title(names[j], color=colour, fontsize=11)
+    figure.savefig(path, dpi=85)
