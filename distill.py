@@ -142,14 +142,14 @@ def resize_pos_embed(pos_embed, side, registers):
     grid = pos_embed[:, 1:].float().transpose(1, 2).unflatten(2, (n, n))  # [1, D, n, n]
     if registers:  # as in DINOv2's models with registers
         grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
-    else:  # DINO and DINOv2 add 0.1 (dino issue 8); so do we for others' weights
+    else:  # DINO and DINOv2 add 0.1, lest rounding lose a patch (dino issue 8); so do we for all
         grid = F.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic")
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 def find_vit(checkpoint):
     """The tensors of the first ViT in a checkpoint, under DINO's names: unwrapped, no prefix."""
     for key in ("teacher", "model", "state_dict"):
-        checkpoint = checkpoint.get(key, checkpoint)
+        checkpoint = checkpoint.get(key, checkpoint)  # as it is where there is no such key
     last = "patch_embed.proj.weight"
     prefix = next((name.removesuffix(last) for name in checkpoint if name.endswith(last)), "")
     state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.items()
@@ -254,7 +254,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         distorted = images = images.float()
         per_image = (images.shape[0], 1, 1, 1)
         source = {"generator": generator, "device": images.device}
-        chosen = torch.randint(max(1, len(names)), per_image, **source)
+        chosen = torch.randint(max(1, len(names)), per_image, **source)  # one_of's, by index
         for i, name in enumerate(names):
             function, limit = DISTORTIONS[name]
             low, high = np.broadcast_to(severities[name], 2).tolist()  # a number is both ends
@@ -377,7 +377,7 @@ def save(content, path):
     os.replace(f"{path}.part", path)
 
 def train_teacher(teacher, dataset, cfg):
-    """Teach a new ViT labels at a low rate, since a higher one makes attention hard to distil."""
+    """Train a ViT on labels for an epoch, at a low rate: a higher one makes it hard to distil."""
     classes = getattr(dataset.dataset, "classes", range(10))  # stripes have ten, without names
     module = nn.ModuleDict({"vit": teacher, "head": nn.Linear(64, len(classes))}).to(cfg.device)
     optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.05, fused=True)
@@ -395,8 +395,8 @@ def train_teacher(teacher, dataset, cfg):
 @torch.inference_mode()
 def compare(teacher, student, batches, cfg, severities, one_of=False, seed=0):
     """Give both ViTs the same distorted copies of batches of (images, labels). Returns embeddings
-    {"teacher": [n, D], "student": [n, D]}, and distances {f"{term}_{who}"}: that term of the loss
-    between either one's features of the distorted and the teacher's of the clean images."""
+    {"teacher": [n, D], "student": [n, D]}, and distances {f"{term}_{who}"}: that term of the loss,
+    who's features of the distorted images against the teacher's features of the clean ones."""
     generator = torch.Generator(cfg.device).manual_seed(seed)
     embeddings = {"teacher": [], "student": []}
     totals = {f"{term}_{who}": 0.0 for who in embeddings for term in TERMS}
@@ -476,7 +476,7 @@ def run(cfg):
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
         if LOCAL_RANK > 0:
-            dist.barrier()  # until this machine's first process, which downloads, meets its own
+            dist.barrier()  # until this machine's first process has loaded all there is, see below
     # A folder belongs to the options in its config.json; those of the machine may change.
     options = json.dumps({name: value for name, value in vars(cfg).items()
                           if name not in ("out", "device", "workers", "compile")}, indent=1)
@@ -484,29 +484,29 @@ def run(cfg):
     if config.exists() and config.read_text() != options:
         raise UserError(f"{cfg.out} holds a run with other options: choose another --out")
     if teacher_path.exists() and not config.exists():
-        raise UserError(f"{teacher_path} is of no run: choose another --out")
+        raise UserError(f"{teacher_path} has no config.json beside it: choose another --out")
     train_set, test_set = load_data(cfg)
     if cfg.batch_size > len(train_set) or cfg.batch_size % WORLD:
         raise UserError(f"--batch-size {cfg.batch_size} of {len(train_set)} images, {WORLD} parts")
     try:  # first a black image, to see whether the distortions are possible
         distort(torch.zeros(1, 3, cfg.data_size, cfg.data_size), clean=cfg.clean, **cfg.severities)
-        weights = teacher_path if teacher_path.exists() else cfg.weights
-        if weights == "scratch":  # a small ViT of width 64 and depth 4 on a grid of 8 by 8 patches
+        source = teacher_path if teacher_path.exists() else cfg.weights  # it exists when going on
+        if source == "scratch":  # a small ViT of width 64 and depth 4 on a grid of 8 by 8 patches
             torch.manual_seed(cfg.seed)
             teacher = ViT(cfg.img_size, cfg.img_size // 8 or 1, 64, 4, cfg.num_heads or 1)
         else:
-            teacher = load_vit(weights, cfg.img_size, cfg.num_heads)
+            teacher = load_vit(source, cfg.img_size, cfg.num_heads)
     except ValueError as error:
         raise UserError(error) from error
     if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()  # lets the other processes of this machine go on
+        dist.barrier()  # the other processes of this machine may load
     if RANK == 0:
         os.makedirs(cfg.out, exist_ok=True)
         Path(f"{config}.part").write_text(options)
         os.replace(f"{config}.part", config)
         print(f"{cfg.out}: {len(train_set):,} images of {cfg.data}, {cfg.data_size} pixels; ViT of "
               f"{len(teacher.blocks)} blocks, {cfg.weights}; {cfg.device}, {cfg.dtype}", flush=True)
-        if weights == "scratch":
+        if source == "scratch":  # the other processes get it by DistributedDataParallel
             train_teacher(teacher, train_set, cfg)
         save(teacher.state_dict(), teacher_path)
         print("held-out distances from the teacher at clean images, teacher → student")
@@ -515,7 +515,7 @@ def run(cfg):
         dist.destroy_process_group()
 
 # ---- The options ---------------------------------------------------------------------------------
-DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+DEVICES = sorted({"cpu", str(torch.accelerator.current_accelerator(check_available=True) or "cpu")})
 
 def describe(severities, one_of):
     """Distortions as text: noise0.1, blur1+noise0-0.4, blur1-or-noise0.1."""
@@ -546,7 +546,7 @@ def main():
     add("--lr", type=float, help="the student's highest [3e-5; scratch 3e-3]")
     add("--seed", type=int, default=0, help="of weights, order and distortions [0]")
     add("--out", help="run folder; the same command goes on there [runs/<data>-<distortions>]")
-    add("--device", choices=sorted({DEVICE, "cpu"}), default=DEVICE, help=f"[{DEVICE}]")
+    add("--device", choices=DEVICES, default=DEVICES[-1], help=f"[{DEVICES[-1]}]")
     add("--dtype", choices=["float32", "bfloat16"], help="bfloat16 is slow on a CPU without "
         "AVX512-BF16 or AMX [cuda bfloat16, else float32]")
     add("--compile", action=argparse.BooleanOptionalAction, help="[on cuda with Triton]")
@@ -566,9 +566,9 @@ def main():
         cfg.batch_size = cfg.batch_size or (16 if scratch else 64)
         cfg.lr = cfg.lr or (3e-3 if scratch else 3e-5)
         cfg.severities = {name: x for name, x in vars(cfg).items() if name in DISTORTIONS and x}
-        distortions = describe(cfg.severities, cfg.one_of)
+        distortions = describe(cfg.severities, cfg.one_of) if cfg.severities else "mixture"
         if not cfg.severities:
-            distortions, cfg.one_of = "mixture", True
+            cfg.one_of = True
             blur = [0, 1.5 * cfg.data_size / 32]
             cfg.severities = {"blur": blur, "noise": [0, 0.4], "mask": [0, 0.6]}
             cfg.clean = 0.2 if cfg.clean is None else cfg.clean
@@ -584,7 +584,7 @@ def main():
         if RANK == 0:
             print(f"{cfg.out} is finished; next: python eval.py {cfg.out}")
     except (UserError, OSError) as error:
-        parser.error(str(error).splitlines()[-1])  # a loader's process gives its traceback first
+        parser.error(str(error).splitlines()[-1])  # a loader's error begins with a traceback
 
 if __name__ == "__main__":
     main()

@@ -39,19 +39,19 @@ def fit_probe(x, y):
     return lambda x: classes[best((x - mean) / std).argmax(dim=1)]
 
 # ---- The table -----------------------------------------------------------------------------------
-def evaluate(cfg, vits, splits):
-    """Print and yield a row for clean images, the run's own distortions and fixed ones. "probe"
-    is the accuracy of a classifier fitted on each ViT's own features under the same distortion,
-    "clean_probe" of the one fitted on the teacher's features of clean images."""
+def evaluate(cfg, teacher, student, train, test):
+    """Of lists of batches, print and yield a row for clean images, the run's own distortions, fixed
+    ones. "probe": accuracy of a classifier fitted on each ViT's own features of images distorted in
+    the same way; "clean_probe": of one for all, from the teacher's features of clean images."""
     scale = cfg.data_size / 32  # of blur, which is in pixels
     fixed = [{"blur": 1.4 * scale}, {"noise": 0.15}, {"noise": 0.3}, {"mask": 0.5}, {"salt": 0.1},
              {"contrast": 0.7}, {"blur": 0.7 * scale, "noise": 0.1, "mask": 0.2}]
-    train_y, test_y = [torch.cat([y for _, y in split]).to(cfg.device) for split in splits]
+    train_y, test_y = [torch.cat([y for _, y in part]).to(cfg.device) for part in (train, test)]
     for severities in ({}, cfg.severities, *fixed):
         trained = severities is cfg.severities
         one_of = trained and cfg.one_of
-        train_x, _ = distill.compare(*vits, splits[0], cfg, severities, one_of, seed=0)
-        test_x, distances = distill.compare(*vits, splits[1], cfg, severities, one_of, seed=1)
+        train_x, _ = distill.compare(teacher, student, train, cfg, severities, one_of, seed=0)
+        test_x, distances = distill.compare(teacher, student, test, cfg, severities, one_of, seed=1)
         row = {"distortion": distill.describe(severities, one_of), "trained": trained, **distances}
         if len(train_y.unique()) > 1:  # else there is nothing to tell apart
             if not severities:  # clean images come first
@@ -82,7 +82,7 @@ def draw_patches(path, cfg, teacher, student, images):
     mean = patches[0].mean(dim=1, keepdim=True)
     axes = torch.linalg.svd(patches[0] - mean).Vh[:, :3].mT  # [n, D, 3]
     colours = (patches - mean) @ axes  # [3, n, N, 3]
-    colours = 0.5 + colours / (4 * colours[0].std(dim=1, keepdim=True))
+    colours = 0.5 + colours / (4 * colours[0].std(dim=1, keepdim=True))  # 1: two deviations
     colours = colours.mT.unflatten(3, (round(colours.shape[2] ** 0.5), -1))  # [3, n, 3, h, w]
     cells = [F.interpolate(x, 224) for x in (images.cpu(), distorted.cpu(), *colours)]
     save_image(torch.stack(cells, dim=1).flatten(0, 1), path, nrow=5, pad_value=1)
@@ -93,7 +93,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="folder of a run of distill.py")
     parser.add_argument("--max-images", type=int, default=1000, help="of each split [1000]")
-    parser.add_argument("--device", choices=sorted({"cpu", distill.DEVICE}), default=distill.DEVICE)
+    parser.add_argument("--device", choices=distill.DEVICES, default=distill.DEVICES[-1])
     args = parser.parse_args()
     torch.manual_seed(0)  # of the probes' first weights and the picture's distortions
     try:
@@ -101,18 +101,18 @@ def main():
         cfg = argparse.Namespace(**{**config, "workers": 2, **vars(args)})
         cfg.dtype = "float32" if cfg.device == "cpu" else cfg.dtype
         if cfg.max_images < 1:
-            raise distill.UserError(f"--max-images {cfg.max_images} is not positive")
+            raise distill.UserError("--max-images is not positive")
         vits = [distill.load_vit(f"{cfg.run}/{who}.pth", cfg.img_size, cfg.num_heads).to(cfg.device)
                 for who in ("teacher", "student")]
-        splits = [list(distill.make_loader(dataset, cfg, cfg.batch_size))
-                  for dataset in distill.load_data(cfg)]
+        train, test = [list(distill.make_loader(dataset, cfg, cfg.batch_size))
+                       for dataset in distill.load_data(cfg)]
         epoch = len(Path(cfg.run, "log.jsonl").read_text().splitlines())
         print(f"{cfg.run} after epoch {epoch} of {cfg.epochs}: teacher → student")
         print(f"{'':24}global         patch          attn           probe, %     clean probe, %")
-        rows = list(evaluate(cfg, vits, splits))
+        rows = list(evaluate(cfg, *vits, train, test))
         results = json.dumps({"config": vars(cfg), "epoch": epoch, "rows": rows}, indent=1)
         Path(cfg.run, "results.json").write_text(results)
-        draw_patches(f"{cfg.run}/patches.png", cfg, *vits, splits[1][0][0][:6])  # test images
+        draw_patches(f"{cfg.run}/patches.png", cfg, *vits, test[0][0][:6])  # of the first batch
     except (distill.UserError, OSError) as error:
         parser.error(str(error).splitlines()[-1])
 
