@@ -418,10 +418,11 @@ def test_a_run_goes_on_to_the_same_bits(world, tmp_path, capsys, more):
     assert "choose another --out" in error_of(capsys, distill, words)
 
 def test_two_processes_end_where_one_does(world, tmp_path):
-    parallel = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    for name, launcher in (("one", ""), ("two", parallel)):
+    for name, launcher in (("one", ""), (
+            "two", "-m torch.distributed.run --standalone --nproc-per-node 2")):
         words = command(world, tmp_path / name, "--blur 1.0 --lr 1e-3")
-        subprocess.run(f"{sys.executable} {launcher} {distill.__file__} {words}".split(), check=True)
+        line = f"{sys.executable} {launcher} {distill.__file__} {words}"
+        subprocess.run(line.split(), check=True)
     one, two = [weights_of(tmp_path / name / "student.pth") for name in ("one", "two")]
     assert (one - two).norm() < 0.05 * (one - weights_of(world / "vit.pth")).norm()
 

@@ -44,7 +44,7 @@ def row_of(photo, kind):
     return [*pictures, *[z.view(side, side, 3) for z in colours]], texts
 
 everything = {(photo, kind): row_of(photo, kind) for photo in photos for kind in kinds}
-few = [everything[pair] for pair in zip(photos, ("noise", "mask", "blur"), strict=False)]
+few = [everything[pair] for pair in zip(photos, ("mask", "blur", "noise", "noise"), strict=False)]
 for path, rows in (("patches.png", few), ("patches-all.png", list(everything.values()))):
     figure, axes = plt.subplots(len(rows), 5, figsize=(10, 2.18 * len(rows)), layout="constrained")
     for i, (pictures, texts) in enumerate(rows):

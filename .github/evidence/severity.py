@@ -35,8 +35,7 @@ def embed(vit, k, severities):
             cls = vit(distill.prepare(images, cfg.img_size, cfg.mean, cfg.std)).cls
         parts.append(cls.float().clone())
     return torch.cat(parts)
-original = evaluation.fit_probe(embed(teacher, 0, {}), train_y)
-rows = []
+original, rows = evaluation.fit_probe(embed(teacher, 0, {}), train_y), []
 for kind, severity in [("clean", 0), *[(k, s) for k in KINDS for s in KINDS[k][0]]]:
     severities = {kind: severity} if severity else {}
     refitted = evaluation.fit_probe(embed(teacher, 0, severities), train_y)
@@ -50,12 +49,12 @@ _, axes = plt.subplots(1, 3, figsize=(11, 4), sharey=True, layout="constrained")
 for ax, (kind, (_, end, label)) in zip(axes, KINDS.items(), strict=True):
     shown = [row for row in rows if row[0] in ("clean", kind)]
     for i, text, colour in ((2, "original ViT", "#777777"), (4, "student", "#e8702a"),
-                            (3, "original ViT, classifier\nrefitted there", "#5b8fd0")):
-        ax.plot([row[1] for row in shown], [np.mean(row[i]) for row in shown], color=colour,
-                marker="o", label=text, linewidth=2.5)
+                            (3, "original ViT, classifier\nrefitted at each severity", "#5b8fd0")):
+        y = [np.mean(row[i]) for row in shown]
+        ax.plot([row[1] for row in shown], y, color=colour, marker="o", label=text, linewidth=2.5)
     ax.axvspan(0, end, color="#eeeeee", zorder=0)
     ax.axhline(100 / len(test_y.unique()), color="#999999", linestyle=":")
     ax.set(xlabel=label, ylim=(0, 100), ylabel="accuracy, %")
-axes[1].set_title("Grey: the severities trained on. Dotted: chance")
+plt.suptitle("The student is ahead where it was trained (grey), without labels. Dotted: chance")
 axes[2].legend(frameon=False, fontsize=9)
 plt.savefig(f"{name}.png", dpi=90)
