@@ -27,6 +27,8 @@ from torchvision.transforms.functional import gaussian_blur
 import distill
 import eval as evaluation
 
+torch.set_num_threads(1)  # two would wait for each other where other work runs
+
 # ---- Helpers -------------------------------------------------------------------------------------
 def small_vit():
     torch.manual_seed(0)
@@ -276,9 +278,8 @@ def test_the_method_mixes_no_devices_on_a_gpu():
     "distort(x, mask=1.1)", "distort(x, blur=4.0)", "distort(x, salt=(0.5, 1.1))",
     "distort(x, fog=1)", "distort(x, noise=0.1, clean=1.5)", "distill_loss(f(0), f(1, maps=1))"])
 def test_bad_arguments_are_value_errors(bad):
-    names = {"small_vit": small_vit, "f": random_features, "x": torch.rand(1, 3, 8, 8)}
     with pytest.raises(ValueError):
-        eval(bad, {**vars(distill), **names})
+        eval(bad, {**vars(distill), **globals(), "f": random_features, "x": torch.rand(1, 3, 8, 8)})
 
 def test_probe_is_within_a_point_of_scikit_learns_best():
     sklearn = pytest.importorskip("sklearn.linear_model")
@@ -293,7 +294,6 @@ def test_probe_is_within_a_point_of_scikit_learns_best():
         x[2500:], y[2500:]) for C in 10.0 ** np.arange(-5, 3))
     assert abs((found == 10 * y[2500:]).float().mean() - best) < 0.01 and best < 0.95
 
-# ---- The data ------------------------------------------------------------------------------------
 def test_images_are_read_upright_and_in_colour(tmp_path):
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 30, 3), np.uint8))
     for mode in ("L", "P", "RGBA", "CMYK", "LA"):
@@ -418,11 +418,10 @@ def test_a_run_goes_on_to_the_same_bits(world, tmp_path, capsys, more):
     assert "choose another --out" in error_of(capsys, distill, words)
 
 def test_two_processes_end_where_one_does(world, tmp_path):
-    for name, launcher in (("one", ""), (
-            "two", "-m torch.distributed.run --standalone --nproc-per-node 2")):
-        words = command(world, tmp_path / name, "--blur 1.0 --lr 1e-3")
-        line = f"{sys.executable} {launcher} {distill.__file__} {words}"
-        subprocess.run(line.split(), check=True)
+    two = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    for out, more in (("one", ""), ("two", two)):
+        line = command(world, tmp_path / out, "--blur 1.0 --lr 1e-3")
+        subprocess.run([sys.executable, *more.split(), distill.__file__, *line.split()], check=True)
     one, two = [weights_of(tmp_path / name / "student.pth") for name in ("one", "two")]
     assert (one - two).norm() < 0.05 * (one - weights_of(world / "vit.pth")).norm()
 
