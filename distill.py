@@ -90,7 +90,7 @@ class ViT(nn.Module):
                  num_registers=0, layer_scale=False):
         super().__init__()
         if img_size % patch_size or not num_heads or embed_dim % num_heads:
-            raise ValueError(f"{img_size=} / {patch_size=} or {embed_dim=} / {num_heads=}: a rest")
+            raise ValueError(f"{img_size=} / {patch_size=}, {embed_dim=} / {num_heads=} not whole")
         self.img_size = img_size
         self.num_registers = num_registers
         num_patches = (img_size // patch_size) ** 2
@@ -396,7 +396,7 @@ def train_teacher(teacher, dataset, cfg):
 def compare(teacher, student, batches, cfg, severities, one_of=False, seed=0):
     """Give both ViTs the same distorted copies of batches of (images, labels). Returns embeddings
     {"teacher": [n, D], "student": [n, D]}, and distances {f"{term}_{who}"}: that term of the loss,
-    who's features of the distorted images against the teacher's features of the clean ones."""
+    between that ViT's features of the distorted images and the teacher's of the clean ones."""
     generator = torch.Generator(cfg.device).manual_seed(seed)
     embeddings = {"teacher": [], "student": []}
     totals = {f"{term}_{who}": 0.0 for who in embeddings for term in TERMS}
