@@ -390,7 +390,7 @@ def train_teacher(teacher, dataset, cfg):
         loss.backward()
         optimizer.param_groups[0]["lr"] = learning_rate(step, len(loader), 5e-4)
         optimizer.step()
-    print(f"teacher  loss {loss.item():.3f} in its last step", flush=True)
+    print(f"teacher  loss {loss.item():.3f} in its last step")
 
 @torch.inference_mode()
 def compare(teacher, student, batches, cfg, severities, one_of=False, seed=0):
@@ -426,7 +426,7 @@ def train(teacher, train_set, test_set, cfg):
         student.load_state_dict(last["student"])
         optimizer.load_state_dict(last["optimizer"])
         log = last["log"]
-    model = torch.compile(module, dynamic=False) if cfg.compile else module
+    model = torch.compile(module) if cfg.compile else module
     if WORLD > 1:  # sends all the first process's weights to the others, the frozen ones too
         model = nn.parallel.DistributedDataParallel(model)
     sampler = DistributedSampler(train_set, WORLD, RANK, seed=1000 * cfg.seed, drop_last=True)
