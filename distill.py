@@ -85,7 +85,7 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """A pre-norm Vision Transformer (arXiv 2010.11929) whose tokens are cls, registers (arXiv
-    2309.16588), patches. Sizes in pixels. Raises ValueError unless patch_size divides img_size."""
+    2309.16588), patches. Sizes in pixels. Raises ValueError if patches or heads do not fit."""
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0,
                  num_registers=0, layer_scale=False):
         super().__init__()
@@ -142,14 +142,14 @@ def resize_pos_embed(pos_embed, side, registers):
     grid = pos_embed[:, 1:].float().transpose(1, 2).unflatten(2, (n, n))  # [1, D, n, n]
     if registers:  # as in DINOv2's models with registers
         grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
-    else:  # DINO and DINOv2 add 0.1, lest rounding lose a patch (dino issue 8); so do we for all
+    else:  # DINO and DINOv2 add 0.1, lest rounding lose a patch (dino issue 8)
         grid = F.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic")
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 def find_vit(checkpoint):
-    """The tensors of the first ViT in a checkpoint, under DINO's names: unwrapped, no prefix."""
+    """The tensors of the first ViT in a checkpoint, under DINO's names without any prefix."""
     for key in ("teacher", "model", "state_dict"):
-        checkpoint = checkpoint.get(key, checkpoint)  # as it is where there is no such key
+        checkpoint = checkpoint.get(key, checkpoint)  # unwrapped, if it has the key
     last = "patch_embed.proj.weight"
     prefix = next((name.removesuffix(last) for name in checkpoint if name.endswith(last)), "")
     state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.items()
@@ -172,7 +172,7 @@ def load_vit(weights, img_size, num_heads=None):
         depth = sum(name.endswith(".norm1.weight") for name in state)  # one a block
         mlp_ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim
         registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-        if num_heads is None and embed_dim % 64 == 0:  # no shape tells
+        if num_heads is None and embed_dim % 64 == 0:  # the shapes do not tell
             num_heads = 16 if embed_dim > 1024 else embed_dim // 64
         vit = ViT(img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, registers,
                   layer_scale="blocks.0.ls1.gamma" in state)
@@ -227,8 +227,8 @@ def noise(images, severity, highest, generator):
 def salt(images, severity, highest, generator):
     """share of pixels set to black or white, half each"""
     chance = torch.rand(images[:, :1].shape, generator=generator, device=images.device)
-    images = torch.where(chance < severity / 2, 0.0, images)  # the lowest black, the highest white
-    return torch.where(chance >= 1 - severity / 2, 1.0, images)
+    images = torch.where(chance < severity / 2, 0.0, images)  # the lowest chances black,
+    return torch.where(chance >= 1 - severity / 2, 1.0, images)  # the highest white
 
 def mask(images, severity, highest, generator):
     """share of pixels set to black"""
@@ -254,7 +254,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         distorted = images = images.float()
         per_image = (images.shape[0], 1, 1, 1)
         source = {"generator": generator, "device": images.device}
-        chosen = torch.randint(max(1, len(names)), per_image, **source)  # one_of's, by index
+        chosen = torch.randint(max(1, len(names)), per_image, **source)  # for one_of
         for i, name in enumerate(names):
             function, limit = DISTORTIONS[name]
             low, high = np.broadcast_to(severities[name], 2).tolist()  # a number is both ends
@@ -272,9 +272,9 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
 TERMS = ("global", "patch", "attn")
 
 def distill_loss(student, teacher, weights=(1,) * len(TERMS)):
-    """The weighted sum of the terms between two Features, and the terms by name: "global" = 1 -
-    cosine of cls; "patch" = 1 - cosine of each patch; "attn" = KL(teacher map || student map) in
-    nats of each query's row, 0 without maps; all are means, in float32 also under autocast."""
+    """The terms between two Features, as their weighted sum and by name: "global" = 1 - cosine of
+    cls; "patch" = 1 - cosine of each patch; "attn" = KL(teacher map || student map) in nats of each
+    query's row, 0 without maps; all are means, in float32 also under autocast."""
     cls = 1 - F.cosine_similarity(student.cls.float(), teacher.cls.float(), dim=-1).mean()
     patch = 1 - F.cosine_similarity(student.patches.float(), teacher.patches.float(), dim=-1).mean()
     attn = torch.zeros_like(cls)
@@ -356,7 +356,7 @@ def load_data(cfg):
     return [Subset(split, np.random.default_rng(0).permutation(len(split))[:cfg.max_images])
             for split in splits]
 
-def make_loader(dataset, cfg, batch_size, sampler=None):
+def make_loader(dataset, cfg, batch_size, sampler=None):  # a sampler is for training
     workers = 0 if cfg.data == "stripes" else cfg.workers  # stripes are in memory already
     return DataLoader(dataset, batch_size, sampler=sampler, drop_last=sampler is not None,
                       num_workers=workers, pin_memory=cfg.device == "cuda")
@@ -454,7 +454,7 @@ def train(teacher, train_set, test_set, cfg):
             if step % len(loader) == 0:  # the clock starts after the first step, which compiles
                 total_loss.item()  # waits for the device
                 start = time.perf_counter()
-        mean_loss = total_loss.item() / len(loader)
+        mean_loss = total_loss.item() / len(loader)  # of this process's images
         rate = (len(loader) - 1) * cfg.batch_size / (time.perf_counter() - start)
         if RANK == 0:
             _, distances = compare(teacher, student, held_out, cfg, cfg.severities, cfg.one_of)
@@ -468,7 +468,7 @@ def train(teacher, train_set, test_set, cfg):
             save(student.state_dict(), f"{cfg.out}/student.pth")
             Path(cfg.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
             save({"student": student.state_dict(), "optimizer": optimizer.state_dict(),
-                  "log": log}, f"{cfg.out}/last.pt")  # last: if killed before, the epoch recurs
+                  "log": log}, f"{cfg.out}/last.pt")  # saved last: a kill before repeats the epoch
 
 # ---- The run -------------------------------------------------------------------------------------
 def run(cfg):
@@ -476,7 +476,7 @@ def run(cfg):
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
         if LOCAL_RANK > 0:
-            dist.barrier()  # until this machine's first process has loaded all there is, see below
+            dist.barrier()  # A: until this machine's first process has loaded all, and is at B
     # A folder belongs to the options in its config.json; those of the machine may change.
     options = json.dumps({name: value for name, value in vars(cfg).items()
                           if name not in ("out", "device", "workers", "compile")}, indent=1)
@@ -490,7 +490,7 @@ def run(cfg):
         raise UserError(f"--batch-size {cfg.batch_size} of {len(train_set)} images, {WORLD} parts")
     try:  # first a black image, to see whether the distortions are possible
         distort(torch.zeros(1, 3, cfg.data_size, cfg.data_size), clean=cfg.clean, **cfg.severities)
-        source = teacher_path if teacher_path.exists() else cfg.weights  # it exists when going on
+        source = teacher_path if teacher_path.exists() else cfg.weights  # its own, when going on
         if source == "scratch":  # a small ViT of width 64 and depth 4 on a grid of 8 by 8 patches
             torch.manual_seed(cfg.seed)
             teacher = ViT(cfg.img_size, cfg.img_size // 8 or 1, 64, 4, cfg.num_heads or 1)
@@ -499,7 +499,7 @@ def run(cfg):
     except ValueError as error:
         raise UserError(error) from error
     if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()  # the other processes of this machine may load
+        dist.barrier()  # B: now the processes that wait at A may load
     if RANK == 0:
         os.makedirs(cfg.out, exist_ok=True)
         Path(f"{config}.part").write_text(options)
@@ -546,7 +546,7 @@ def main():
     add("--lr", type=float, help="the student's highest [3e-5; scratch 3e-3]")
     add("--seed", type=int, default=0, help="of weights, order and distortions [0]")
     add("--out", help="run folder; the same command goes on there [runs/<data>-<distortions>]")
-    add("--device", choices=DEVICES, default=DEVICES[-1], help=f"[{DEVICES[-1]}]")
+    add("--device", choices=DEVICES, default=DEVICES[-1], help=f"[{DEVICES[-1]}]")  # cpu is first
     add("--dtype", choices=["float32", "bfloat16"], help="bfloat16 is slow on a CPU without "
         "AVX512-BF16 or AMX [cuda bfloat16, else float32]")
     add("--compile", action=argparse.BooleanOptionalAction, help="[on cuda with Triton]")

@@ -40,9 +40,9 @@ def fit_probe(x, y):
 
 # ---- The table -----------------------------------------------------------------------------------
 def evaluate(cfg, teacher, student, train, test):
-    """Of lists of batches, print and yield a row for clean images, the run's own distortions, fixed
-    ones. "probe": accuracy of a classifier fitted on each ViT's own features of images distorted in
-    the same way; "clean_probe": of one for all, from the teacher's features of clean images."""
+    """Print and yield a row for clean images, for the run's own distortions, and for fixed ones.
+    "probe": accuracy of classifiers fitted on each ViT's own features of images distorted alike;
+    "clean_probe": of a single classifier, fitted on the teacher's features of clean images."""
     scale = cfg.data_size / 32  # of blur, which is in pixels
     fixed = [{"blur": 1.4 * scale}, {"noise": 0.15}, {"noise": 0.3}, {"mask": 0.5}, {"salt": 0.1},
              {"contrast": 0.7}, {"blur": 0.7 * scale, "noise": 0.1, "mask": 0.2}]
@@ -78,11 +78,11 @@ def draw_patches(path, cfg, teacher, student, images):
     distorted = distill.distort(images, one_of=cfg.one_of, **highest)
     good, bad = [distill.prepare(x, cfg.img_size, cfg.mean, cfg.std) for x in (images, distorted)]
     found = (teacher(good), teacher(bad), student(bad))
-    patches = torch.stack([features.patches for features in found]).cpu()  # [3, n, N, D]
+    patches = torch.stack([features.patches for features in found]).cpu()  # [3 views, n, N, D]
     mean = patches[0].mean(dim=1, keepdim=True)
     axes = torch.linalg.svd(patches[0] - mean).Vh[:, :3].mT  # [n, D, 3]
-    colours = (patches - mean) @ axes  # [3, n, N, 3]
-    colours = 0.5 + colours / (4 * colours[0].std(dim=1, keepdim=True))  # 1: two deviations
+    colours = (patches - mean) @ axes  # [3 views, n, N, 3 colours]
+    colours = 0.5 + colours / (4 * colours[0].std(dim=1, keepdim=True))  # 0, 1: -2, 2 deviations
     colours = colours.mT.unflatten(3, (round(colours.shape[2] ** 0.5), -1))  # [3, n, 3, h, w]
     cells = [F.interpolate(x, 224) for x in (images.cpu(), distorted.cpu(), *colours)]
     save_image(torch.stack(cells, dim=1).flatten(0, 1), path, nrow=5, pad_value=1)
