@@ -28,7 +28,7 @@ for ax, (kind, (end, label)) in zip(axes, TRAINED.items(), strict=True):
     ax.axhline(5, color="#999999", linestyle=":")
     ax.set(xlabel=label, ylim=(0, 100))
 axes[0].set_ylabel("accuracy, %")
-figure.suptitle("The student is ahead in the range it was trained on (shaded), without labels. "
+figure.suptitle("ViT-Ti/16: ahead in the range it was trained on (shaded), without labels of bad photos. "
                 "Dotted: guessing")
 axes[2].legend(frameon=False, fontsize=9)
 figure.savefig(chart, dpi=90)
