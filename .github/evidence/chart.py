@@ -7,8 +7,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-TRAINED = {"blur": (3, "blur: σ in pixels (of 64)"), "mask": (0.6, "share of pixels missing"),
-           "noise": (0.4, "noise: σ (pixels are 0 to 1)")}  # the end of its range, and its label
+TRAINED = {"blur": (3, "blur: σ in pixels (of 64)"), "noise": (0.4, "noise: σ (pixels are 0 to 1)"),
+           "mask": (0.6, "share of pixels missing")}  # the end of its range, and its label
 LINES = ((0, "original ViT", "#333333", "o"), (2, "student", "#e8702a", "o"),
          (1, "original ViT, classifier\nrefitted at each severity", "#5b8fd0", "s"))
 table, chart = sys.argv[1:]
@@ -28,7 +28,7 @@ for ax, (kind, (end, label)) in zip(axes, TRAINED.items(), strict=True):
     ax.axhline(5, color="#999999", linestyle=":")
     ax.set(xlabel=label, ylim=(0, 100))
 axes[0].set_ylabel("accuracy, %")
-figure.suptitle("ViT-Ti/16: ahead in the range it was trained on (shaded), without labels of bad photos. "
-                "Dotted: guessing")
+figure.suptitle("ViT-Ti/16: in the range it was trained on (shaded) the student is ahead, without "
+                "labels of bad photos. Dotted: guessing")
 axes[2].legend(frameon=False, fontsize=9)
 figure.savefig(chart, dpi=90)
