@@ -324,7 +324,7 @@ def draw_stripes(n, seed):
 
 def read_image(path):
     """An image file as an upright RGB PIL.Image. Raises OSError, with the path, for one that Pillow
-    cannot read or that has more than 8 bits a channel."""
+    cannot read or that is grey with more than 8 bits."""
     try:
         image = Image.open(path)
         if image.mode[0] in "IF":
