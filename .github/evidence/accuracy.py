@@ -53,7 +53,7 @@ for text in args.distortions.split():
     x = embed(teacher, 1, severities)
     guesses = [[original(x)], [refitted(x)]]
     guesses += [[original(embed(vit, 1, severities)) for vit in group] for group in students]
-    right = [[100 * (x == test_y).float().mean().item() for x in group] for group in guesses]
+    right = [[100 * (y == test_y).float().mean().item() for y in group] for group in guesses]
     cells = [f"{statistics.mean(group):.1f}" for group in right]
     cells = [f"{cell} ± {statistics.stdev(group):.1f}" if len(group) > 1 else cell
              for cell, group in zip(cells, right, strict=True)]
