@@ -1,120 +1,140 @@
 # SPDX-License-Identifier: MIT
 """python eval.py runs/stripes-mixture: what distortions cost a run's teacher, and what its student
-wins back, also of kinds never trained on. Prints a table; adds results.json and patches.png.
+wins back, also of kinds never trained on. Prints a table and adds results.json to the folder.
 """
 import argparse
 import json
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.utils import save_image
+from torch import nn, optim
+from torch.utils.data import DataLoader
 
 import distill
 
+TESTS = [  # after clean images and the run's own distortions; blur is per 32 pixels
+    ("blur 1.4", {"blur": 1.4}), ("noise 0.15", {"noise": 0.15}), ("noise 0.3", {"noise": 0.3}),
+    ("mask 0.5", {"mask": 0.5}), ("salt 0.1", {"salt": 0.1}),
+    ("all at once", {"blur": 0.7, "noise": 0.1, "mask": 0.2})]
+COLUMNS = ("global", "patch", "attn", "probe", "clean_probe")
+
 # ---- The linear probe ----------------------------------------------------------------------------
+def fit_linear(x, y, num_classes, penalty):
+    """Logistic regression of labels y [n], from 0 to num_classes - 1, on features x [n, D]."""
+    linear = nn.Linear(x.shape[1], num_classes, device=x.device)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    solver = optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    def closure():
+        solver.zero_grad()
+        loss = F.cross_entropy(linear(x), y) + penalty * linear.weight.square().sum()
+        loss.backward()
+        return loss
+    solver.step(closure)
+    return linear
+
 def fit_probe(x, y):
-    """Multinomial logistic regression of labels y [n] on features x [n, D], as a function from
-    features [m, D] to labels [m]. Of five L2 penalties it takes the best on a held-out fifth."""
+    """A linear classifier of features x [n, D] with labels y [n], as a function from features
+    [m, D] to labels [m]. Of five L2 penalties it takes the best on a held-out fifth."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     classes, y = y[order].unique(return_inverse=True)  # from here on y are indices of classes
-    mean, std = x.mean(dim=0), x.std(dim=0, correction=0) + 1e-6
+    mean = x.mean(0)
+    std = x.std(0) + 1e-6
     x = (x[order] - mean) / std
-    def fit(x, y, penalty):
-        linear = nn.Linear(x.shape[1], len(classes), device=x.device)
-        solver = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-        def closure():
-            solver.zero_grad()
-            loss = F.cross_entropy(linear(x), y) + penalty * linear.weight.square().sum()
-            loss.backward()
-            return loss
-        solver.step(closure)
-        return linear
     fifth = len(y) // 5
-    def score(penalty):
-        linear = fit(x[fifth:], y[fifth:], penalty)
-        return (linear(x[:fifth]).argmax(dim=1) == y[:fifth]).sum()
-    best = fit(x, y, penalty=max([1.0, 0.1, 0.01, 1e-3, 1e-4], key=score))
-    return lambda x: classes[best((x - mean) / std).argmax(dim=1)]
+    best_penalty = most_right = -1
+    for penalty in (1.0, 0.1, 0.01, 1e-3, 1e-4):
+        linear = fit_linear(x[fifth:], y[fifth:], len(classes), penalty)
+        right = (linear(x[:fifth]).argmax(1) == y[:fifth]).sum()
+        if right > most_right:
+            best_penalty, most_right = penalty, right
+    linear = fit_linear(x, y, len(classes), best_penalty)
+    return lambda x: classes[linear((x - mean) / std).argmax(1)]
+
+# ---- The comparison ------------------------------------------------------------------------------
+@torch.no_grad()
+def compare(teacher, student, batches, severities, one_of=False, seed=0):
+    """Give both ViTs the same distorted copies of batches of (images uint8 [B, 3, S, S], labels).
+    Returns embeddings {"teacher": [n, D], "student": [n, D]}, and for each ViT the loss's terms
+    between it at distorted images and the teacher at clean ones, {"teacher": {"global": float}}."""
+    generator = torch.Generator(teacher.mean.device).manual_seed(seed)
+    vits = {"teacher": teacher, "student": student}
+    embeddings = {"teacher": [], "student": []}
+    distances = {"teacher": {}, "student": {}}
+    n = 0
+    for images, _ in batches:
+        images = images.to(teacher.mean.device) / 255
+        target = teacher(teacher.prepare(images), attn_blocks=1)
+        distorted = distill.distort(images, generator, one_of, **severities)
+        weight = len(images) if len(images) > 1 else 0  # one image alone has no mean
+        n += weight
+        for who, vit in vits.items():
+            features = vit(vit.prepare(distorted), attn_blocks=1)
+            embeddings[who].append(features.cls.clone())  # a view would keep all tokens
+            for term, value in distill.distill_loss(features, target).items():
+                mean = distances[who].get(term, 0)  # of the images so far
+                distances[who][term] = mean + weight / max(n, 1) * (value.item() - mean)
+    embeddings = {who: torch.cat(parts) for who, parts in embeddings.items()}
+    return embeddings, distances
 
 # ---- The table -----------------------------------------------------------------------------------
-def evaluate(cfg, teacher, student, train, test):
-    """Print and yield a row for clean images, for the run's own distortions, and for fixed ones.
-    "probe": accuracy of classifiers fitted on each ViT's own features of images distorted alike;
-    "clean_probe": of a single classifier, fitted on the teacher's features of clean images."""
-    scale = cfg.data_size / 32  # of blur, which is in pixels
-    fixed = [{"blur": 1.4 * scale}, {"noise": 0.15}, {"noise": 0.3}, {"mask": 0.5}, {"salt": 0.1},
-             {"contrast": 0.7}, {"blur": 0.7 * scale, "noise": 0.1, "mask": 0.2}]
-    train_y, test_y = [torch.cat([y for _, y in part]).to(cfg.device) for part in (train, test)]
-    for severities in ({}, cfg.severities, *fixed):
-        trained = severities is cfg.severities
-        one_of = trained and cfg.one_of
-        train_x, _ = distill.compare(teacher, student, train, cfg, severities, one_of, seed=0)
-        test_x, distances = distill.compare(teacher, student, test, cfg, severities, one_of, seed=1)
-        row = {"distortion": distill.describe(severities, one_of), "trained": trained, **distances}
+def print_row(name, row):
+    cells = []
+    for column in COLUMNS:
+        if f"{column}_teacher" in row:
+            before, after = row[f"{column}_teacher"], row[f"{column}_student"]
+            cells.append(f"{before:.3f} -> {after:.3f}")
+    print(f"{name:19}", *cells, sep="  ", flush=True)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run of distill.py")
+    parser.add_argument("--data", help="where its images have moved, or other images")
+    parser.add_argument("--max-images", type=int, default=1000, help="of each split [1000]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    run = args.run
+    config = json.loads((run / "config.json").read_text())
+    options = argparse.Namespace(**config)
+    options.max_images = args.max_images
+    options.data = args.data or options.data
+    vit_options = (options.img_size, options.num_heads, options.mean, options.std)
+    teacher = distill.load_vit(run / "teacher.pth", *vit_options).to(args.device)
+    student = distill.load_vit(run / "student.pth", *vit_options).to(args.device)
+    train = list(DataLoader(distill.load_data(options, "train"), options.batch_size))
+    test = list(DataLoader(distill.load_data(options, "test"), options.batch_size))
+    train_y = torch.cat([y for _, y in train]).to(args.device)
+    test_y = torch.cat([y for _, y in test]).to(args.device)
+    epoch = len((run / "log.jsonl").read_text().splitlines())
+    print(f"{run} after epoch {epoch} of {options.epochs}: teacher -> student")
+    print(f"{'':19}", *[f"{column:14}" for column in COLUMNS], sep="  ")
+    rows = []
+    tests = [("clean", {}), ("trained", options.severities), *TESTS]
+    for name, severities in tests:
+        trained = name == "trained"
+        if "blur" in severities and not trained:
+            severities = severities | {"blur": severities["blur"] * options.data_size / 32}
+        one_of = trained and options.one_of
+        train_x, _ = compare(teacher, student, train, severities, one_of, seed=0)
+        test_x, distances = compare(teacher, student, test, severities, one_of, seed=1)
+        row = {"distortion": name, "trained": trained}
+        for who, terms in distances.items():
+            for term, distance in terms.items():
+                row[f"{term}_{who}"] = distance
         if len(train_y.unique()) > 1:  # else there is nothing to tell apart
-            if not severities:  # clean images come first
+            if name == "clean":
                 clean_probe = fit_probe(train_x["teacher"], train_y)
             for who, x in test_x.items():
                 probe = fit_probe(train_x[who], train_y)
                 row[f"probe_{who}"] = (probe(x) == test_y).float().mean().item()
                 row[f"clean_probe_{who}"] = (clean_probe(x) == test_y).float().mean().item()
-        name = "trained" if trained else row["distortion"]
-        unseen = severities and severities.keys().isdisjoint(cfg.severities)
-        cells = [f"{row[f'{t}_teacher']:.3f} → {row[f'{t}_student']:.3f}" for t in distill.TERMS]
-        cells += [f"{100 * row[f'{p}_teacher']:.1f} → {100 * row[f'{p}_student']:.1f}"
-                  for p in ("probe", "clean_probe") if f"{p}_teacher" in row]
-        print(f"{name:15.15} {'unseen' if unseen else '':6}", *cells, sep="  ", flush=True)
-        yield row
-
-# ---- The picture ---------------------------------------------------------------------------------
-@torch.inference_mode()
-def draw_patches(path, cfg, teacher, student, images):
-    """A row for each of images [n, 3, S, S], distorted as in training at the highest severity, with
-    patch features along the first three principal components of the teacher's at clean images."""
-    highest = {name: max(ends) for name, ends in cfg.severities.items()}
-    images = images.to(cfg.device) / 255
-    distorted = distill.distort(images, one_of=cfg.one_of, **highest)
-    good, bad = [distill.prepare(x, cfg.img_size, cfg.mean, cfg.std) for x in (images, distorted)]
-    found = (teacher(good), teacher(bad), student(bad))
-    patches = torch.stack([features.patches for features in found]).cpu()  # [3 views, n, N, D]
-    mean = patches[0].mean(dim=1, keepdim=True)
-    axes = torch.linalg.svd(patches[0] - mean).Vh[:, :3].mT  # [n, D, 3]
-    colours = (patches - mean) @ axes  # [3 views, n, N, 3 colours]
-    colours = 0.5 + colours / (4 * colours[0].std(dim=1, keepdim=True))  # 0, 1: -2, 2 deviations
-    colours = colours.mT.unflatten(3, (round(colours.shape[2] ** 0.5), -1))  # [3, n, 3, h, w]
-    cells = [F.interpolate(x, 224) for x in (images.cpu(), distorted.cpu(), *colours)]
-    save_image(torch.stack(cells, dim=1).flatten(0, 1), path, nrow=5, pad_value=1)
-    print(f"{path}: clean, distorted, patches of the teacher at clean, then of both at distorted")
-
-# ---- The command line ----------------------------------------------------------------------------
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="folder of a run of distill.py")
-    parser.add_argument("--max-images", type=int, default=1000, help="of each split [1000]")
-    parser.add_argument("--device", choices=distill.DEVICES, default=distill.DEVICES[-1])
-    args = parser.parse_args()
-    torch.manual_seed(0)  # of the probes' first weights and the picture's distortions
-    try:
-        config = json.loads(Path(args.run, "config.json").read_text())
-        cfg = argparse.Namespace(**{**config, "workers": 2, **vars(args)})
-        cfg.dtype = "float32" if cfg.device == "cpu" else cfg.dtype
-        if cfg.max_images < 1:
-            raise distill.UserError("--max-images is not positive")
-        vits = [distill.load_vit(f"{cfg.run}/{who}.pth", cfg.img_size, cfg.num_heads).to(cfg.device)
-                for who in ("teacher", "student")]
-        train, test = [list(distill.make_loader(dataset, cfg, cfg.batch_size))
-                       for dataset in distill.load_data(cfg)]
-        epoch = len(Path(cfg.run, "log.jsonl").read_text().splitlines())
-        print(f"{cfg.run} after epoch {epoch} of {cfg.epochs}: teacher → student")
-        print(f"{'':24}global         patch          attn           probe, %     clean probe, %")
-        rows = list(evaluate(cfg, *vits, train, test))
-        results = json.dumps({"config": vars(cfg), "epoch": epoch, "rows": rows}, indent=1)
-        Path(cfg.run, "results.json").write_text(results)
-        draw_patches(f"{cfg.run}/patches.png", cfg, *vits, test[0][0][:6])  # of the first batch
-    except (distill.UserError, OSError) as error:
-        parser.error(str(error).splitlines()[-1])
+        rows.append(row)
+        if severities and severities.keys().isdisjoint(options.severities):
+            name += " (unseen)"
+        print_row(name, row)
+    results = {"config": vars(options), "epoch": epoch, "rows": rows}
+    (run / "results.json").write_text(json.dumps(results, indent=1))
 
 if __name__ == "__main__":
     main()
