@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Asymmetric multi-level distillation, after arXiv 2604.22529: a frozen Vision Transformer, the
 teacher, sees clean images; a student that starts from the same weights sees distorted copies and
-learns, without labels, to give the teacher's global embedding, patch features and attention maps.
+learns, without labels, to match the teacher's global embedding, patch features and attention maps.
 
     python distill.py                               draws images, trains its own teacher first
-    python eval.py runs/stripes-mixture             what distortions cost both, as a table
+    python eval.py runs/stripes-mixture             what distortions cost teacher and student
     python distill.py --data cifar10 --noise 0.1    downloads CIFAR-10 and DINOv2's ViT-S/14
 
 Shapes in comments: B images, N patches, T = 1 + registers + N tokens, D the width of a token.
@@ -36,7 +36,7 @@ class Features(NamedTuple):
     """What a ViT gives: embeddings after the final norm, and attention probabilities."""
     cls: torch.Tensor  # [B, D], the global embedding
     patches: torch.Tensor  # [B, N, D], row by row
-    attn: tuple = ()  # a map [B, heads, T, T] in float32 for each block asked for, in order
+    attn: tuple = ()  # [B, heads, T, T] in float32, one for each of the last attn_blocks blocks
 
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
@@ -47,11 +47,11 @@ class Attention(nn.Module):
 
     def forward(self, x, need_map):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, T, 3, heads, D / heads]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, D / heads]
-        # The fused kernel gives no map, and is slow in bfloat16 on a CPU.
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each [B, heads, T, D / heads]
+        # The fused kernel gives no map, and in bfloat16 it is slow on CPUs.
         if need_map or (q.dtype == torch.bfloat16 and q.is_cpu):
             logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, heads, T, T]
-            attn = logits.float().softmax(dim=-1)
+            attn = logits.float().softmax(-1)
             y = attn.to(v.dtype) @ v
         else:
             attn = None
@@ -86,30 +86,30 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """A pre-norm Vision Transformer (arXiv 2010.11929) whose tokens are cls, registers (arXiv
-    2309.16588), patches. Sizes in pixels. Raises ValueError if patches or heads do not fit."""
+    2309.16588), patches. Image and patch size in pixels. ValueError if a division has a rest."""
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0,
                  num_registers=0, layer_scale=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
         if img_size % patch_size or num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"{img_size=} / {patch_size=}, {embed_dim=} / {num_heads=} not whole")
+            raise ValueError(f"not whole: {img_size} / {patch_size} or {embed_dim} / {num_heads}")
         self.img_size = img_size
         self.num_registers = num_registers
         proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
-        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))  # named as in DINO
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         num_tokens = 1 + (img_size // patch_size) ** 2  # without registers
         self.pos_embed = nn.Parameter(torch.randn(1, num_tokens, embed_dim) / 50)
         if num_registers:
             self.register_tokens = nn.Parameter(torch.randn(1, num_registers, embed_dim) / 50)
-        sizes = (embed_dim, num_heads, round(embed_dim * mlp_ratio), layer_scale)
-        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
+        block_args = (embed_dim, num_heads, round(embed_dim * mlp_ratio), layer_scale)
+        self.blocks = nn.ModuleList(Block(*block_args) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.mean = nn.Buffer(torch.tensor(mean), persistent=False)  # in no checkpoint
         self.std = nn.Buffer(torch.tensor(std), persistent=False)
 
     def prepare(self, images):
         """The input of forward: images [B, 3, h, w] in [0, 1] resized to img_size pixels a side by
-        Pillow's bicubic kernel and normalized, in float32. Raises ValueError if not in floats."""
+        Pillow's bicubic kernel and normalized, in float32. Raises ValueError for integers."""
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}, not floats in [0, 1]")
         images = images.float()
@@ -137,8 +137,8 @@ class ViT(nn.Module):
         return Features(x[:, 0], x[:, 1 + self.num_registers:], tuple(maps))
 
 # ---- Distortions ---------------------------------------------------------------------------------
-# Each takes images [B, 3, H, W], the severity of each [B, 1, 1, 1], the highest severity that may
-# occur, which sizes blur's kernel, and a generator. Its docstring is the help of its option.
+# Each takes images [B, 3, H, W], a severity for each image [B, 1, 1, 1], the upper end of their
+# range (for blur's kernel) and a generator. Its docstring is the option's --help.
 def blur(images, severity, highest, generator):
     """sigma of a Gaussian in pixels, edges reflected"""
     B, _, H, W = images.shape
@@ -161,8 +161,8 @@ def noise(images, severity, highest, generator):
 def salt(images, severity, highest, generator):
     """share of pixels set to black or white, half each"""
     chance = torch.rand(images[:, :1].shape, generator=generator, device=images.device)
-    images = torch.where(chance < severity / 2, 0.0, images)  # the lowest chances black,
-    return torch.where(chance >= 1 - severity / 2, 1.0, images)  # the highest white
+    images = torch.where(chance < severity / 2, 0.0, images)  # black
+    return torch.where(chance >= 1 - severity / 2, 1.0, images)  # white
 
 def mask(images, severity, highest, generator):
     """share of pixels set to black"""
@@ -174,61 +174,61 @@ DISTORTIONS = {  # option: (function, limit of its severity), in the order of th
 
 def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     """Distorted copies of images [B, 3, H, W] in [0, 1], of the same shape and range, in float32.
-    severities: names of DISTORTIONS with a number, or (low, high) from which each image draws its
-    own. All are applied in turn, or with one_of a single one of them to each image; a share clean
-    stays as it is. generator: on the images' device. Raises ValueError for what does not fit."""
+    severities: by name, a number or a range (low, high) to draw from for each image. All are
+    applied, or with one_of a random one to each image; an image is left as it is with probability
+    clean. generator: on the images' device. Raises ValueError for all that is out of range."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images are {images.dtype} {list(images.shape)}, not floats [B, 3, H, W]")
     if not 0 <= clean <= 1 or severities.keys() - DISTORTIONS.keys():
-        raise ValueError(f"{clean=} is not in [0, 1], or not all known: {', '.join(severities)}")
+        raise ValueError(f"{clean=} is outside [0, 1], or a name is unknown: {list(severities)}")
     distorted = images = images.float()
-    each = {"size": (len(images), 1, 1, 1), "generator": generator, "device": images.device}
+    per_image = {"size": (len(images), 1, 1, 1), "generator": generator, "device": images.device}
     kinds = [name for name in DISTORTIONS if name in severities]
-    chosen = torch.randint(max(1, len(kinds)), **each)  # with one_of, an image's kind
+    chosen = torch.randint(max(1, len(kinds)), **per_image)  # each image's kind, if one_of
     for i, name in enumerate(kinds):
         function, limit = DISTORTIONS[name]
-        ends = severities[name]
-        low, high = ends if np.ndim(ends) else (ends, ends)
+        given = severities[name]
+        low, high = given if np.ndim(given) else (given, given)
         if not 0 <= low <= high <= limit:
             raise ValueError(f"{name} from {low} to {high} is not within 0 to {limit}")
-        severity = low + (high - low) * torch.rand(**each)
-        with torch.autocast(images.device.type, enabled=False):  # blur, too, is in float32
+        severity = low + (high - low) * torch.rand(**per_image)
+        with torch.autocast(images.device.type, enabled=False):  # else blur would be in bfloat16
             changed = function(distorted, severity, high, generator)
-        if one_of:  # what is chosen for a later kind is still clean
+        if one_of:  # keep the change only where this kind was chosen
             changed = torch.where(chosen == i, changed, distorted)
         distorted = changed
-    stays = torch.rand(**each) < clean
-    return torch.where(stays, images, distorted).clamp(0, 1)
+    left = torch.rand(**per_image) < clean
+    return torch.where(left, images, distorted).clamp(0, 1)
 
 # ---- The method ----------------------------------------------------------------------------------
 # Only the paper's abstract and introduction could be read: which layers, directions and weights it
 # uses is not known, and what follows is this repository's choice.
 def cosine_distance(student, teacher, dims):
-    """Mean of 1 - cosine of vectors [..., D], taken from the teacher's mean over dims."""
-    mean = teacher.float().mean(dims, keepdim=True)  # all images share it, so it tells nothing
+    """Mean of 1 - cosine between vectors [..., D], less the teacher's mean over dims."""
+    mean = teacher.float().mean(dims, keepdim=True)  # shared by all images: it tells none apart
     cosines = F.cosine_similarity(student - mean, teacher - mean, dim=-1)
     return 1 - cosines.mean()
 
 def distill_loss(student, teacher):
-    """Three terms between two Features of two images or more, in float32: "global" and "patch", the
-    distances of cls and of patches, 0 for what the teacher gives, 1 for one answer to all images;
-    "attn", the mean KL(teacher map || student map) of a query's row in nats, 0 without maps."""
+    """The loss's terms between two Features of a batch (two images or more), in float32: "global",
+    "patch", distances of cls and patches, 0 for the teacher's own, about 1 for a constant answer;
+    "attn", the mean over queries of KL(teacher map || student map) in nats, 0 without maps."""
     attn = torch.zeros((), device=teacher.cls.device)
     for student_map, teacher_map in zip(student.attn, teacher.attn, strict=True):
-        log = student_map.float().clamp(1e-30).log()  # 0 has no finite logarithm
-        kl = F.kl_div(log, teacher_map.float(), reduction="none")  # [B, heads, T, T]
-        attn = attn + kl.sum(dim=-1).mean() / len(student.attn)
-    return {"global": cosine_distance(student.cls, teacher.cls, 0),  # over images
-            "patch": cosine_distance(student.patches, teacher.patches, (0, 1)),  # and places
+        log_student = student_map.float().clamp(1e-30).log()  # 0 has no finite logarithm
+        kl = F.kl_div(log_student, teacher_map.float(), reduction="none")  # [B, heads, T, T]
+        attn = attn + kl.sum(-1).mean() / len(student.attn)
+    return {"global": cosine_distance(student.cls, teacher.cls, 0),  # mean over images
+            "patch": cosine_distance(student.patches, teacher.patches, (0, 1)),  # and over places
             "attn": attn}
 
 class Distillation(nn.Module):
-    """The method, as one module for torch.compile and DistributedDataParallel. It freezes teacher,
-    any module that gives Features, and makes student, a trainable copy. weights: of the terms, in
-    their order. attn_blocks: how many of the last blocks' maps are compared."""
+    """The method, as one module for torch.compile and DistributedDataParallel. Freezes teacher (any
+    module that returns Features); student is a trainable copy of it. weights: of the loss's terms,
+    in order. attn_blocks: how many of the last blocks' attention maps are compared."""
     def __init__(self, teacher, weights=(1.0, 1.0, 1.0), attn_blocks=1):
         super().__init__()
-        self.student = copy.deepcopy(teacher).requires_grad_(True).train()
+        self.student = copy.deepcopy(teacher).requires_grad_().train()
         self.teacher = teacher.requires_grad_(False).eval()
         self.weights = weights
         self.attn_blocks = attn_blocks
@@ -243,8 +243,7 @@ class Distillation(nn.Module):
         with torch.no_grad():
             target = self.teacher(clean, self.attn_blocks)
         terms = distill_loss(self.student(distorted, self.attn_blocks), target)
-        weighted = zip(self.weights, terms.values(), strict=True)
-        loss = sum(weight * term for weight, term in weighted)
+        loss = sum(w * term for w, term in zip(self.weights, terms.values(), strict=True))
         return loss, terms
 
 # ---- Weights and images --------------------------------------------------------------------------
@@ -259,40 +258,38 @@ def resize_pos_embed(pos_embed, side, registers):
     if n == side:
         return pos_embed
     grid = pos_embed[:, 1:].float().transpose(1, 2).unflatten(2, (n, n))  # [1, D, n, n]
-    if registers:  # as in DINOv2's models with registers
+    if registers:  # as DINOv2 does for its models with registers
         grid = F.interpolate(grid, side, mode="bicubic", antialias=True)
-    else:  # DINO and DINOv2 add 0.1, lest rounding lose a patch (dino issue 8)
+    else:  # DINO and DINOv2 add 0.1 so that rounding loses no patch (dino issue 8)
         grid = F.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic")
-    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 def find_vit(checkpoint, source):
     """The tensors of a checkpoint's ViT under DINO's names, without prefix, heads and mask tokens;
-    of several ViTs the teacher's. Raises ValueError, with source's name, if that is not one."""
+    of several ViTs the teacher's. Raises ValueError, naming source, unless exactly one is left."""
     for key in ("teacher", "model", "state_dict"):
         checkpoint = checkpoint.get(key, checkpoint)  # unwrapped, if it has the key
-    last = "patch_embed.proj.weight"
-    prefixes = [name.removesuffix(last) for name in checkpoint if last in name]
+    tail = "patch_embed.proj.weight"
+    prefixes = [name.removesuffix(tail) for name in checkpoint if tail in name]
     prefixes = [prefix for prefix in prefixes if "teacher" in prefix] or prefixes
     if len(prefixes) != 1:
-        raise ValueError(f"{source}: not one ViT with DINO's names, but at prefixes {prefixes}")
+        raise ValueError(f"{source}: needs one ViT with DINO's names, has them at {prefixes}")
     state = {}
+    dropped = ("head", "mask", "decoder")
     for name, tensor in checkpoint.items():
         short = name.removeprefix(prefixes[0])
-        others = ("head", "mask", "decoder")
-        if name.startswith(prefixes[0]) and not short.startswith(others):
+        if name.startswith(prefixes[0]) and not short.startswith(dropped):
             # DINOv2's training code has blocks.<group>.<number>; the number is the block's.
             state[re.sub(r"^blocks\.\d+\.(\d+)", r"blocks.\1", short)] = tensor
     return state
 
 def load_vit(weights, img_size, num_heads=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """The ViT of a name in WEIGHTS or of a checkpoint's path, for images of img_size pixels a side.
-    num_heads: by default 16 for what is wider than 1024, else width / 64. Raises ValueError for a
-    file without a ViT of DINO's names, else what torch raises. No code in a file is run."""
-    load, source = torch.load, weights
-    if weights in WEIGHTS:
-        load, source = torch.hub.load_state_dict_from_url, WEIGHTS[weights]
+    num_heads: by default width / 64, or 16 if wider than 1024 (ViT-H). Raises ValueError for a file
+    without a ViT of DINO's names, else as torch.load does. Code in a file is not run."""
+    load = torch.hub.load_state_dict_from_url if weights in WEIGHTS else torch.load
     with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold one
-        checkpoint = load(source, map_location="cpu", weights_only=True)
+        checkpoint = load(WEIGHTS.get(weights, weights), map_location="cpu", weights_only=True)
     state = find_vit(checkpoint, weights)
     embed_dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
     depth = sum(name.endswith(".norm1.weight") for name in state)  # one a block
@@ -321,12 +318,12 @@ def read_image(path):
 
 def load_data(args, split):
     """The images of args.data, split "train" or "test", as a dataset of (uint8 [3, data_size,
-    data_size], label) in a random order that is always the same, max_images of them at most."""
+    data_size], label), shuffled once with a fixed seed; at most max_images of them."""
     size, train = args.data_size, split == "train"
-    resize = transforms.Resize(size, 3)  # the shorter side, bicubic
+    resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)  # the shorter side
     transform = transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
     if args.data == "stripes":
-        dataset = draw_stripes(8000 if train else 1000, size, seed=train)
+        dataset = draw_stripes(8000 if train else 1000, size, seed=int(train))
     elif args.data == "cifar10":
         dataset = datasets.CIFAR10("data", train, transform, download=True)
     else:
@@ -339,14 +336,15 @@ def load_data(args, split):
     return Subset(dataset, order[:args.max_images])
 
 def draw_stripes(n, size, seed):
-    """n drawings [3, size, size] of a striped disc; the label is the direction of its stripes."""
+    """A dataset of n drawings of a striped disc; the label tells which of ten directions it has."""
     uniform = np.random.default_rng(seed).uniform
     y, x = np.mgrid[:size, :size] / size  # lengths are in sides of the image
     images = np.empty((n, size, size, 3), np.uint8)
     for i in range(n):
         angle = np.pi / 10 * (i % 10 + uniform(0, 0.8))
-        across = (x * np.cos(angle) + y * np.sin(angle)) / uniform(0.12, 0.22) + uniform()
-        wave = np.sin(2 * np.pi * across)[..., None]  # [size, size, 1]
+        across = x * np.cos(angle) + y * np.sin(angle)
+        periods = across / uniform(0.12, 0.22) + uniform()  # of a random length, from anywhere
+        wave = np.sin(2 * np.pi * periods)[..., None]  # [size, size, 1]
         dark, light = uniform(0, 0.45, 3), uniform(0.55, 1, 3)
         stripes = dark + (light - dark) * (1 + wave) / 2
         disc = np.hypot(x - uniform(0.3, 0.7), y - uniform(0.3, 0.7)) < uniform(0.28, 0.48)
@@ -354,16 +352,16 @@ def draw_stripes(n, size, seed):
         images[i] = 255 * np.where(disc[..., None], stripes, ground)
     return TensorDataset(torch.tensor(images).permute(0, 3, 1, 2), torch.arange(n) % 10)
 
-def train_teacher(dataset, img_size, mean, std, seed, device):
-    """A small ViT that has learned from labels, in one epoch, to name the stripes' direction."""
+def train_teacher(dataset, img_size, num_heads, mean, std, seed, device):
+    """A small ViT, trained for one epoch on the labels of the stripes."""
     torch.manual_seed(seed)
-    vit = ViT(img_size, patch_size=4, embed_dim=64, depth=4, num_heads=1, mean=mean, std=std)
-    module = nn.ModuleList([vit, nn.Linear(64, 10)]).to(device)
-    optimizer = optim.AdamW(module.parameters(), weight_decay=0.05)
+    vit = ViT(img_size, 4, embed_dim=64, depth=4, num_heads=num_heads, mean=mean, std=std)
+    vit, head = nn.ModuleList([vit, nn.Linear(64, 10)]).to(device)
+    optimizer = optim.AdamW([*vit.parameters(), *head.parameters()], weight_decay=0.05)
     bar = tqdm(DataLoader(dataset, 16, shuffle=True), "teacher", disable=None)
     for step, (images, labels) in enumerate(bar):
         images = vit.prepare(images.to(device) / 255)
-        logits = module[1](vit(images).cls)
+        logits = head(vit(images).cls)
         loss = F.cross_entropy(logits, labels.to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -373,12 +371,12 @@ def train_teacher(dataset, img_size, mean, std, seed, device):
     return vit
 
 # ---- The run -------------------------------------------------------------------------------------
-MIXTURE = {"blur": [0, 1.5], "noise": [0, 0.4], "mask": [0, 0.6]}  # blur per 32 pixels
+MIXTURE = {"blur": [0, 1.5], "noise": [0, 0.4], "mask": [0, 0.6]}  # blur: at 32 pixels
 PRETRAINED = {"weights": "dinov2_vits14", "img_size": 224, "batch_size": 64, "lr": 3e-5}
-STRIPES = {"img_size": 32, "batch_size": 16, "lr": 3e-3}
+STRIPES = {"img_size": 32, "num_heads": 1, "batch_size": 16, "lr": 3e-3}
 
 def get_args():
-    """The options, and the parser: its error method ends the program with a line."""
+    """The options, and the parser for its error()."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", epilog="Without a distortion: "
         "--blur 0 1.5 (per 32 pixels) --noise 0 0.4 --mask 0 0.6 --one-of --clean 0.2")
     add = parser.add_argument
@@ -392,18 +390,18 @@ def get_args():
     add("--weights", help=f"{', '.join(WEIGHTS)} or a file [dinov2_vits14; stripes train theirs]")
     add("--img-size", type=int, help="side in pixels for the ViT [224; stripes 32]")
     add("--num-heads", type=int, help="of the weights [width / 64; wider than 1024 16]")
-    add("--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="this and --std: the weights'")
+    add("--mean", type=float, nargs=3, default=IMAGENET_MEAN)
     add("--std", type=float, nargs=3, default=IMAGENET_STD)
     add("--loss-weights", type=float, nargs=3, default=[1, 1, 1], help="global patch attn [1 1 1]")
     add("--epochs", type=int, default=4, help="of the student [4]")
     add("--batch-size", type=int, help="of all processes together [64; stripes 16]")
     add("--lr", type=float, help="the student's highest [3e-5; stripes 3e-3]")
     add("--seed", type=int, default=0, help="of weights, order and distortions [0]")
-    add("--out", help="run folder; the same command goes on there [runs/<data>-<distortions>]")
+    add("--out", help="run folder, where the same command resumes [runs/<data>-<distortions>]")
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    add("--device", default=device, help=f"[{device}]")
+    add("--device", default=device)
     add("--dtype", choices=["float32", "bfloat16"], help="[bfloat16 on cuda, else float32]")
-    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    add("--compile", action=argparse.BooleanOptionalAction, default=device == "cuda")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="that read images [up to 8]")
     args = parser.parse_args()
 
@@ -431,11 +429,11 @@ def get_args():
     return args, parser
 
 def learning_rate(step, total_steps, peak):
-    """The lower of a linear warm-up over 3% of the steps and half a cosine to zero."""
+    """Linear warm-up over 3% of the steps, below half a cosine to zero."""
     warmup = math.ceil(0.03 * total_steps)
     return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / total_steps))
 
-def save(content, path):  # leaves path whole or as it was
+def save(content, path):  # a kill leaves path whole or as it was
     torch.save(content, f"{path}.part")
     os.replace(f"{path}.part", path)
 
@@ -454,7 +452,7 @@ def main():
     if world > 1:
         distributed.init_process_group("nccl" if cuda else "gloo")
 
-    # A run goes on if its folder's config.json has the same options, but for those of the machine.
+    # A run resumes if its folder's config.json has the same options, except the machine's.
     machine = ("out", "device", "compile", "workers")
     config = {name: value for name, value in vars(args).items() if name not in machine}
     if out.is_dir() and os.listdir(out):
@@ -465,18 +463,20 @@ def main():
 
     train_set = load_data(args, "train")
     if args.batch_size not in range(2 * world, len(train_set) + 1, world):
-        parser.error(f"--batch-size {args.batch_size} of {len(train_set)} images, {world} parts")
+        parser.error(f"--batch-size takes multiples of {world} from {2 * world} to the number of "
+                     f"images, {len(train_set)}")
     sampler = DistributedSampler(train_set, world, rank, seed=1000 * args.seed, drop_last=True)
     workers = 0 if args.data == "stripes" else args.workers  # stripes are in memory already
     loader = DataLoader(train_set, args.batch_size // world, sampler=sampler, drop_last=True,
                         num_workers=workers, persistent_workers=workers > 0, pin_memory=cuda)
 
+    vit_options = (args.img_size, args.num_heads, args.mean, args.std)
     saved = out / "teacher.pth"
-    weights = saved if saved.exists() else args.weights
+    weights = saved if saved.exists() else args.weights  # the run's own, if it resumes
     if weights:
-        teacher = load_vit(weights, args.img_size, args.num_heads, args.mean, args.std)
+        teacher = load_vit(weights, *vit_options)
     else:
-        teacher = train_teacher(train_set, args.img_size, args.mean, args.std, args.seed, device)
+        teacher = train_teacher(train_set, *vit_options, args.seed, device)
     module = Distillation(teacher, args.loss_weights).to(device)
     student = module.student
     optimizer = optim.AdamW(student.parameters(), weight_decay=0.05, fused=True)
@@ -491,20 +491,20 @@ def main():
     if args.dtype is None and cuda:
         bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     model = torch.compile(module) if args.compile else module
-    if world > 1:  # gives all processes the first one's weights, the frozen ones, too
+    if world > 1:  # also sends the first process's weights, even the frozen ones, to all
         model = nn.parallel.DistributedDataParallel(model)
 
-    if rank == 0:  # all processes have come so far: the folder is this run's
+    if rank == 0:  # DDP has waited for all, so none still looks for an earlier run
         out.mkdir(parents=True, exist_ok=True)
-        Path(f"{out}.part").write_text(json.dumps(config, indent=1))
-        os.replace(f"{out}.part", out / "config.json")
+        Path(f"{out}.part").write_text(json.dumps(config, indent=1))  # beside out: that is empty
+        os.replace(f"{out}.part", out / "config.json")  # until it has the whole file
         save(teacher.state_dict(), saved)
         print(f"{out}: {len(train_set):,} images of {args.data}; ViT of {len(teacher.blocks)} "
               f"blocks; {device}, {'bfloat16' if bfloat16 else 'float32'}")
 
     generator = torch.Generator(device)
     for epoch in range(len(log), args.epochs):
-        sampler.set_epoch(epoch)  # another order, which no interruption changes
+        sampler.set_epoch(epoch)  # its order follows from seed + epoch
         totals = {}
         bar = tqdm(loader, f"epoch {epoch + 1}", unit=" images", unit_scale=args.batch_size,
                    leave=False, disable=rank > 0 or None)
@@ -523,7 +523,7 @@ def main():
             optimizer.step()
             for name, value in {"loss": loss, **terms}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
-            if step == 0 and rank == 0:  # the student still is the teacher
+            if step == 0 and rank == 0:  # from before the first update: the teacher's own
                 print_row("start", totals)
 
         if rank == 0:
@@ -532,9 +532,9 @@ def main():
             log.append({"epoch": epoch + 1, **row})
             state = {name: tensor.cpu() for name, tensor in student.state_dict().items()}
             save(state, out / "student.pth")
-            (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+            (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
             last = {"student": state, "optimizer": optimizer.state_dict(), "log": log}
-            save(last, out / "last.pt")  # at last: a kill before it repeats the epoch
+            save(last, out / "last.pt")  # saved last: if killed earlier, the epoch is repeated
 
 if __name__ == "__main__":
     main()

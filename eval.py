@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""python eval.py runs/stripes-mixture: what distortions cost a run's teacher, and what its student
-wins back, also of kinds never trained on. Prints a table and adds results.json to the folder.
+"""python eval.py runs/stripes-mixture: what distortions, some of kinds not trained on, cost a run's
+teacher, and what its student wins back. Prints a table and writes results.json into the folder.
 """
 import argparse
 import json
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import distill
 
-TESTS = [  # after clean images and the run's own distortions; blur is per 32 pixels
+TESTS = [  # the rows below "clean" and "trained"; blur: at 32 pixels
     ("blur 1.4", {"blur": 1.4}), ("noise 0.15", {"noise": 0.15}), ("noise 0.3", {"noise": 0.3}),
     ("mask 0.5", {"mask": 0.5}), ("salt 0.1", {"salt": 0.1}),
     ("all at once", {"blur": 0.7, "noise": 0.1, "mask": 0.2})]
@@ -38,43 +38,42 @@ def fit_probe(x, y):
     """A linear classifier of features x [n, D] with labels y [n], as a function from features
     [m, D] to labels [m]. Of five L2 penalties it takes the best on a held-out fifth."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    classes, y = y[order].unique(return_inverse=True)  # from here on y are indices of classes
+    classes, y = y[order].unique(return_inverse=True)  # y: indices into classes, in the new order
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x = (x[order] - mean) / std
     fifth = len(y) // 5
-    best_penalty = most_right = -1
+    most_right = -1
     for penalty in (1.0, 0.1, 0.01, 1e-3, 1e-4):
         linear = fit_linear(x[fifth:], y[fifth:], len(classes), penalty)
         right = (linear(x[:fifth]).argmax(1) == y[:fifth]).sum()
         if right > most_right:
             best_penalty, most_right = penalty, right
     linear = fit_linear(x, y, len(classes), best_penalty)
-    return lambda x: classes[linear((x - mean) / std).argmax(1)]
+    return lambda new: classes[linear((new - mean) / std).argmax(1)]
 
 # ---- The comparison ------------------------------------------------------------------------------
 @torch.no_grad()
 def compare(teacher, student, batches, severities, one_of=False, seed=0):
     """Give both ViTs the same distorted copies of batches of (images uint8 [B, 3, S, S], labels).
-    Returns embeddings {"teacher": [n, D], "student": [n, D]}, and for each ViT the loss's terms
-    between it at distorted images and the teacher at clean ones, {"teacher": {"global": float}}."""
+    Returns {who: embeddings [n, D]}, and {who: {term: float}}, the loss's terms between each ViT at
+    distorted images and the teacher at clean ones. who is "teacher" or "student"."""
     generator = torch.Generator(teacher.mean.device).manual_seed(seed)
     vits = {"teacher": teacher, "student": student}
     embeddings = {"teacher": [], "student": []}
     distances = {"teacher": {}, "student": {}}
-    n = 0
+    batches = list(batches)
+    n = sum(len(images) for images, _ in batches if len(images) > 1)
     for images, _ in batches:
         images = images.to(teacher.mean.device) / 255
         target = teacher(teacher.prepare(images), attn_blocks=1)
         distorted = distill.distort(images, generator, one_of, **severities)
-        weight = len(images) if len(images) > 1 else 0  # one image alone has no mean
-        n += weight
+        weight = len(images) / n if len(images) > 1 else 0  # distances need two images
         for who, vit in vits.items():
             features = vit(vit.prepare(distorted), attn_blocks=1)
             embeddings[who].append(features.cls.clone())  # a view would keep all tokens
             for term, value in distill.distill_loss(features, target).items():
-                mean = distances[who].get(term, 0)  # of the images so far
-                distances[who][term] = mean + weight / max(n, 1) * (value.item() - mean)
+                distances[who][term] = distances[who].get(term, 0) + weight * value.item()
     embeddings = {who: torch.cat(parts) for who, parts in embeddings.items()}
     return embeddings, distances
 
@@ -84,7 +83,7 @@ def print_row(name, row):
     for column in COLUMNS:
         if f"{column}_teacher" in row:
             before, after = row[f"{column}_teacher"], row[f"{column}_student"]
-            cells.append(f"{before:.3f} -> {after:.3f}")
+            cells.append(f"{abs(before):.3f} -> {abs(after):.3f}")  # never -0.000
     print(f"{name:19}", *cells, sep="  ", flush=True)
 
 def main():
@@ -113,7 +112,7 @@ def main():
     tests = [("clean", {}), ("trained", options.severities), *TESTS]
     for name, severities in tests:
         trained = name == "trained"
-        if "blur" in severities and not trained:
+        if "blur" in severities and not trained:  # the run's own is in pixels already
             severities = severities | {"blur": severities["blur"] * options.data_size / 32}
         one_of = trained and options.one_of
         train_x, _ = compare(teacher, student, train, severities, one_of, seed=0)
@@ -123,7 +122,7 @@ def main():
             for term, distance in terms.items():
                 row[f"{term}_{who}"] = distance
         if len(train_y.unique()) > 1:  # else there is nothing to tell apart
-            if name == "clean":
+            if name == "clean":  # the first row
                 clean_probe = fit_probe(train_x["teacher"], train_y)
             for who, x in test_x.items():
                 probe = fit_probe(train_x[who], train_y)
@@ -134,7 +133,8 @@ def main():
             name += " (unseen)"
         print_row(name, row)
     results = {"config": vars(options), "epoch": epoch, "rows": rows}
-    (run / "results.json").write_text(json.dumps(results, indent=1))
+    text = json.dumps(results, indent=1)
+    (run / "results.json").write_text(text)
 
 if __name__ == "__main__":
     main()
