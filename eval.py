@@ -126,15 +126,15 @@ def main():
                 clean_probe = fit_probe(train_x["teacher"], train_y)
             for who, x in test_x.items():
                 probe = fit_probe(train_x[who], train_y)
-                row[f"probe_{who}"] = (probe(x) == test_y).float().mean().item()
-                row[f"clean_probe_{who}"] = (clean_probe(x) == test_y).float().mean().item()
+                for column, fitted in (("probe", probe), ("clean_probe", clean_probe)):
+                    right = fitted(x) == test_y
+                    row[f"{column}_{who}"] = right.float().mean().item()
         rows.append(row)
         if severities and severities.keys().isdisjoint(options.severities):
             name += " (unseen)"
         print_row(name, row)
     results = {"config": vars(options), "epoch": epoch, "rows": rows}
-    text = json.dumps(results, indent=1)
-    (run / "results.json").write_text(text)
+    (run / "results.json").write_text(json.dumps(results, indent=1))
 
 if __name__ == "__main__":
     main()
