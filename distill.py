@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """A pre-norm Vision Transformer (arXiv 2010.11929) whose tokens are cls, registers (arXiv
-    2309.16588), patches. Image and patch size in pixels. ValueError if a division has a rest."""
+    2309.16588), patches. Image and patch size in pixels. ValueError if a size does not divide."""
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0,
                  num_registers=0, layer_scale=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
@@ -123,10 +123,10 @@ class ViT(nn.Module):
         if images.shape[2:] != (self.img_size, self.img_size):
             raise ValueError(f"images are {list(images.shape)}, not {self.img_size} pixels a side")
         x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]  # [B, N, D]
-        first = self.cls_token + self.pos_embed[:, :1]
+        prefix = self.cls_token + self.pos_embed[:, :1]
         if self.num_registers:  # they get no position embedding
-            first = torch.cat([first, self.register_tokens], dim=1)
-        x = torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)  # [B, T, D]
+            prefix = torch.cat([prefix, self.register_tokens], dim=1)
+        x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)  # [B, T, D]
         first_map = len(self.blocks) - attn_blocks
         maps = []
         for i, block in enumerate(self.blocks):
@@ -137,8 +137,8 @@ class ViT(nn.Module):
         return Features(x[:, 0], x[:, 1 + self.num_registers:], tuple(maps))
 
 # ---- Distortions ---------------------------------------------------------------------------------
-# Each takes images [B, 3, H, W], a severity for each image [B, 1, 1, 1], the upper end of their
-# range (for blur's kernel) and a generator. Its docstring is the option's --help.
+# Each takes images, a severity for each image [B, 1, 1, 1], the highest possible severity (it
+# sizes blur's kernel) and a generator. A function's docstring is its option's --help.
 def blur(images, severity, highest, generator):
     """sigma of a Gaussian in pixels, edges reflected"""
     B, _, H, W = images.shape
@@ -192,40 +192,39 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         if not 0 <= low <= high <= limit:
             raise ValueError(f"{name} from {low} to {high} is not within 0 to {limit}")
         severity = low + (high - low) * torch.rand(**per_image)
-        with torch.autocast(images.device.type, enabled=False):  # else blur would be in bfloat16
+        with torch.autocast(images.device.type, enabled=False):  # a caller's would blur in bfloat16
             changed = function(distorted, severity, high, generator)
-        if one_of:  # keep the change only where this kind was chosen
+        if one_of:  # an image's other kinds leave it untouched
             changed = torch.where(chosen == i, changed, distorted)
         distorted = changed
-    left = torch.rand(**per_image) < clean
-    return torch.where(left, images, distorted).clamp(0, 1)
+    return torch.where(torch.rand(**per_image) < clean, images, distorted).clamp(0, 1)
 
 # ---- The method ----------------------------------------------------------------------------------
 # Only the paper's abstract and introduction could be read: which layers, directions and weights it
 # uses is not known, and what follows is this repository's choice.
 def cosine_distance(student, teacher, dims):
-    """Mean of 1 - cosine between vectors [..., D], less the teacher's mean over dims."""
+    """1 - mean cosine of vectors [..., D], both centred by the teacher's mean over dims."""
     mean = teacher.float().mean(dims, keepdim=True)  # shared by all images: it tells none apart
     cosines = F.cosine_similarity(student - mean, teacher - mean, dim=-1)
     return 1 - cosines.mean()
 
 def distill_loss(student, teacher):
-    """The loss's terms between two Features of a batch (two images or more), in float32: "global",
-    "patch", distances of cls and patches, 0 for the teacher's own, about 1 for a constant answer;
-    "attn", the mean over queries of KL(teacher map || student map) in nats, 0 without maps."""
+    """The terms between two Features of one batch (two images or more), in float32. "global" and
+    "patch": cosine_distance of cls and patches, 0 if equal, about 1 if student is the same for all
+    images. "attn": mean over queries of KL(teacher map || student map) in nats, 0 without maps."""
     attn = torch.zeros((), device=teacher.cls.device)
     for student_map, teacher_map in zip(student.attn, teacher.attn, strict=True):
         log_student = student_map.float().clamp(1e-30).log()  # 0 has no finite logarithm
         kl = F.kl_div(log_student, teacher_map.float(), reduction="none")  # [B, heads, T, T]
         attn = attn + kl.sum(-1).mean() / len(student.attn)
-    return {"global": cosine_distance(student.cls, teacher.cls, 0),  # mean over images
-            "patch": cosine_distance(student.patches, teacher.patches, (0, 1)),  # and over places
+    return {"global": cosine_distance(student.cls, teacher.cls, 0),  # centred over images
+            "patch": cosine_distance(student.patches, teacher.patches, (0, 1)),  # and places
             "attn": attn}
 
 class Distillation(nn.Module):
     """The method, as one module for torch.compile and DistributedDataParallel. Freezes teacher (any
-    module that returns Features); student is a trainable copy of it. weights: of the loss's terms,
-    in order. attn_blocks: how many of the last blocks' attention maps are compared."""
+    module that returns Features); student is a trainable copy of it. weights: of the global,
+    patch and attn term. attn_blocks: how many of the last blocks' attention maps are compared."""
     def __init__(self, teacher, weights=(1.0, 1.0, 1.0), attn_blocks=1):
         super().__init__()
         self.student = copy.deepcopy(teacher).requires_grad_().train()
@@ -265,13 +264,13 @@ def resize_pos_embed(pos_embed, side, registers):
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 def find_vit(checkpoint, source):
-    """The tensors of a checkpoint's ViT under DINO's names, without prefix, heads and mask tokens;
-    of several ViTs the teacher's. Raises ValueError, naming source, unless exactly one is left."""
+    """The tensors of a checkpoint's ViT, or of its teacher, under DINO's names, without prefix,
+    heads and mask tokens. Raises ValueError, naming source, unless exactly one ViT is left."""
     for key in ("teacher", "model", "state_dict"):
-        checkpoint = checkpoint.get(key, checkpoint)  # unwrapped, if it has the key
+        checkpoint = checkpoint.get(key, checkpoint)  # go in, if it has the key
     tail = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(tail) for name in checkpoint if tail in name]
-    prefixes = [prefix for prefix in prefixes if "teacher" in prefix] or prefixes
+    prefixes = [prefix for prefix in prefixes if "teacher" in prefix] or prefixes  # all, if none
     if len(prefixes) != 1:
         raise ValueError(f"{source}: needs one ViT with DINO's names, has them at {prefixes}")
     state = {}
@@ -343,7 +342,7 @@ def draw_stripes(n, size, seed):
     for i in range(n):
         angle = np.pi / 10 * (i % 10 + uniform(0, 0.8))
         across = x * np.cos(angle) + y * np.sin(angle)
-        periods = across / uniform(0.12, 0.22) + uniform()  # of a random length, from anywhere
+        periods = across / uniform(0.12, 0.22) + uniform()  # random wavelength and phase
         wave = np.sin(2 * np.pi * periods)[..., None]  # [size, size, 1]
         dark, light = uniform(0, 0.45, 3), uniform(0.55, 1, 3)
         stripes = dark + (light - dark) * (1 + wave) / 2
@@ -352,11 +351,16 @@ def draw_stripes(n, size, seed):
         images[i] = 255 * np.where(disc[..., None], stripes, ground)
     return TensorDataset(torch.tensor(images).permute(0, 3, 1, 2), torch.arange(n) % 10)
 
+def learning_rate(step, total_steps, peak):
+    """peak times the lower of a linear warm-up over 3% of the steps and half a cosine to zero."""
+    warmup = math.ceil(0.03 * total_steps)
+    return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / total_steps))
+
 def train_teacher(dataset, img_size, num_heads, mean, std, seed, device):
     """A small ViT, trained for one epoch on the labels of the stripes."""
     torch.manual_seed(seed)
     vit = ViT(img_size, 4, embed_dim=64, depth=4, num_heads=num_heads, mean=mean, std=std)
-    vit, head = nn.ModuleList([vit, nn.Linear(64, 10)]).to(device)
+    vit, head = nn.ModuleList([vit, nn.Linear(64, 10)]).to(device)  # both
     optimizer = optim.AdamW([*vit.parameters(), *head.parameters()], weight_decay=0.05)
     bar = tqdm(DataLoader(dataset, 16, shuffle=True), "teacher", disable=None)
     for step, (images, labels) in enumerate(bar):
@@ -387,15 +391,15 @@ def get_args():
         add(f"--{name}", type=float, nargs="+", help=f"{function.__doc__}; or a range")
     add("--one-of", action="store_true", help="each image gets one of the distortions, not all")
     add("--clean", type=float, help="share of images that stay clean [0]")
-    add("--weights", help=f"{', '.join(WEIGHTS)} or a file [dinov2_vits14; stripes train theirs]")
-    add("--img-size", type=int, help="side in pixels for the ViT [224; stripes 32]")
+    add("--weights", help=f"{', '.join(WEIGHTS)} or a file [dinov2_vits14; stripes train one]")
+    add("--img-size", type=int, help="side that the ViT gets after that [224; own teacher 32]")
     add("--num-heads", type=int, help="of the weights [width / 64; wider than 1024 16]")
     add("--mean", type=float, nargs=3, default=IMAGENET_MEAN)
     add("--std", type=float, nargs=3, default=IMAGENET_STD)
     add("--loss-weights", type=float, nargs=3, default=[1, 1, 1], help="global patch attn [1 1 1]")
     add("--epochs", type=int, default=4, help="of the student [4]")
-    add("--batch-size", type=int, help="of all processes together [64; stripes 16]")
-    add("--lr", type=float, help="the student's highest [3e-5; stripes 3e-3]")
+    add("--batch-size", type=int, help="of all processes together [64; own teacher 16]")
+    add("--lr", type=float, help="the student's highest [3e-5; own teacher 3e-3]")
     add("--seed", type=int, default=0, help="of weights, order and distortions [0]")
     add("--out", help="run folder, where the same command resumes [runs/<data>-<distortions>]")
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -423,15 +427,9 @@ def get_args():
     if not args.severities:
         args.severities = MIXTURE | {"blur": [0, 1.5 * args.data_size / 32]}
         args.one_of = True
-        if args.clean is None:
-            args.clean = 0.2
+        args.clean = 0.2 if args.clean is None else args.clean
     args.clean = args.clean or 0.0
     return args, parser
-
-def learning_rate(step, total_steps, peak):
-    """Linear warm-up over 3% of the steps, below half a cosine to zero."""
-    warmup = math.ceil(0.03 * total_steps)
-    return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / total_steps))
 
 def save(content, path):  # a kill leaves path whole or as it was
     torch.save(content, f"{path}.part")
@@ -462,7 +460,7 @@ def main():
             parser.error(f"{out} holds a run with other {', '.join(other)}: take another --out")
 
     train_set = load_data(args, "train")
-    if args.batch_size not in range(2 * world, len(train_set) + 1, world):
+    if args.batch_size not in range(2 * world, len(train_set) + 1, world):  # evenly, two or more
         parser.error(f"--batch-size takes multiples of {world} from {2 * world} to the number of "
                      f"images, {len(train_set)}")
     sampler = DistributedSampler(train_set, world, rank, seed=1000 * args.seed, drop_last=True)
@@ -494,10 +492,10 @@ def main():
     if world > 1:  # also sends the first process's weights, even the frozen ones, to all
         model = nn.parallel.DistributedDataParallel(model)
 
-    if rank == 0:  # DDP has waited for all, so none still looks for an earlier run
-        out.mkdir(parents=True, exist_ok=True)
-        Path(f"{out}.part").write_text(json.dumps(config, indent=1))  # beside out: that is empty
-        os.replace(f"{out}.part", out / "config.json")  # until it has the whole file
+    if rank == 0:  # making DDP has synchronized: each process has read out by now
+        out.mkdir(parents=True, exist_ok=True)  # stays empty until config.json is whole
+        Path(f"{out}.part").write_text(json.dumps(config, indent=1))
+        os.replace(f"{out}.part", out / "config.json")
         save(teacher.state_dict(), saved)
         print(f"{out}: {len(train_set):,} images of {args.data}; ViT of {len(teacher.blocks)} "
               f"blocks; {device}, {'bfloat16' if bfloat16 else 'float32'}")
@@ -523,11 +521,11 @@ def main():
             optimizer.step()
             for name, value in {"loss": loss, **terms}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
-            if step == 0 and rank == 0:  # from before the first update: the teacher's own
+            if step == 0 and rank == 0:  # the student was still the teacher
                 print_row("start", totals)
 
         if rank == 0:
-            row = {name: (total / len(bar)).item() for name, total in totals.items()}
+            row = {name: (total / len(bar)).item() for name, total in totals.items()}  # of rank 0
             print_row(f"epoch {epoch + 1}/{args.epochs}", row)
             log.append({"epoch": epoch + 1, **row})
             state = {name: tensor.cpu() for name, tensor in student.state_dict().items()}
@@ -535,6 +533,8 @@ def main():
             (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
             last = {"student": state, "optimizer": optimizer.state_dict(), "log": log}
             save(last, out / "last.pt")  # saved last: if killed earlier, the epoch is repeated
+    if world > 1:
+        distributed.destroy_process_group()
 
 if __name__ == "__main__":
     main()

@@ -17,6 +17,7 @@ TESTS = [  # the rows below "clean" and "trained"; blur: at 32 pixels
     ("blur 1.4", {"blur": 1.4}), ("noise 0.15", {"noise": 0.15}), ("noise 0.3", {"noise": 0.3}),
     ("mask 0.5", {"mask": 0.5}), ("salt 0.1", {"salt": 0.1}),
     ("all at once", {"blur": 0.7, "noise": 0.1, "mask": 0.2})]
+# probe: fitted to each ViT in each row; clean_probe: fitted once, to the teacher at clean images
 COLUMNS = ("global", "patch", "attn", "probe", "clean_probe")
 
 # ---- The linear probe ----------------------------------------------------------------------------
@@ -55,20 +56,19 @@ def fit_probe(x, y):
 # ---- The comparison ------------------------------------------------------------------------------
 @torch.no_grad()
 def compare(teacher, student, batches, severities, one_of=False, seed=0):
-    """Give both ViTs the same distorted copies of batches of (images uint8 [B, 3, S, S], labels).
+    """Give both ViTs the same distorted copies of a list of (images uint8 [B, 3, S, S], labels).
     Returns {who: embeddings [n, D]}, and {who: {term: float}}, the loss's terms between each ViT at
     distorted images and the teacher at clean ones. who is "teacher" or "student"."""
     generator = torch.Generator(teacher.mean.device).manual_seed(seed)
     vits = {"teacher": teacher, "student": student}
     embeddings = {"teacher": [], "student": []}
     distances = {"teacher": {}, "student": {}}
-    batches = list(batches)
-    n = sum(len(images) for images, _ in batches if len(images) > 1)
+    counted = sum(len(images) for images, _ in batches if len(images) > 1)
     for images, _ in batches:
         images = images.to(teacher.mean.device) / 255
         target = teacher(teacher.prepare(images), attn_blocks=1)
         distorted = distill.distort(images, generator, one_of, **severities)
-        weight = len(images) / n if len(images) > 1 else 0  # distances need two images
+        weight = len(images) / counted if len(images) > 1 else 0  # global needs two images
         for who, vit in vits.items():
             features = vit(vit.prepare(distorted), attn_blocks=1)
             embeddings[who].append(features.cls.clone())  # a view would keep all tokens
@@ -84,7 +84,7 @@ def print_row(name, row):
         if f"{column}_teacher" in row:
             before, after = row[f"{column}_teacher"], row[f"{column}_student"]
             cells.append(f"{abs(before):.3f} -> {abs(after):.3f}")  # never -0.000
-    print(f"{name:19}", *cells, sep="  ", flush=True)
+    print(f"{name:20}", *cells, sep="  ", flush=True)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -107,9 +107,9 @@ def main():
     test_y = torch.cat([y for _, y in test]).to(args.device)
     epoch = len((run / "log.jsonl").read_text().splitlines())
     print(f"{run} after epoch {epoch} of {options.epochs}: teacher -> student")
-    print(f"{'':19}", *[f"{column:14}" for column in COLUMNS], sep="  ")
+    print(f"{'':20}", *[f"{column:14}" for column in COLUMNS], sep="  ")
     rows = []
-    tests = [("clean", {}), ("trained", options.severities), *TESTS]
+    tests = [("clean", {}), ("trained", options.severities), *TESTS]  # none left clean
     for name, severities in tests:
         trained = name == "trained"
         if "blur" in severities and not trained:  # the run's own is in pixels already
