@@ -440,8 +440,7 @@ def test_distances_are_those_of_the_loss():
 
 def test_the_table_has_the_right_columns_rows_and_splits(world, tmp_path, capsys):
     call(distill, command(world, tmp_path, "--blur 0 0.5 --noise 0.1 --one-of --epochs 1"))
-    worthless = {name: 0 * x for name, x in prefixed().items()}  # it tells nothing apart
-    torch.save(worthless, tmp_path / "student.pth")
+    torch.save({name: 0 * x for name, x in prefixed().items()}, tmp_path / "student.pth")
     rows = {}
     for data in ("images", "flipped", "one"):
         call(evaluation, f"{tmp_path} --data {world}/{data} --device cpu")
@@ -451,9 +450,10 @@ def test_the_table_has_the_right_columns_rows_and_splits(world, tmp_path, capsys
         assert results["epoch"] == 1 and "epoch 1 of 1" in printed and printed.isascii()
         assert "mask 0.5 (unseen)" in printed and "noise 0.3 (" not in printed
         assert f"{'clean':20}  0.000 -> " in printed
-    clean, trained = rows["images"]["clean"], rows["images"]["trained"]
+    clean, trained, *_, masked, _, _ = rows["images"].values()
     assert trained["trained"] and not clean["trained"] and len(rows["images"]) == 8
     assert clean["global_teacher"] < 1e-5 and clean["global_student"] > 0.5
+    assert masked["clean_probe_teacher"] < masked["probe_teacher"]  # that one has seen masks
     for probe in ("probe", "clean_probe"):
         assert clean[f"{probe}_teacher"] > 0.9 and clean[f"{probe}_student"] == 0.5
         assert rows["flipped"]["clean"][f"{probe}_teacher"] < 0.1  # fitted on train, shown on val
