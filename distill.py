@@ -392,7 +392,7 @@ def get_args():
     add("--one-of", action="store_true", help="each image gets one of the distortions, not all")
     add("--clean", type=float, help="share of images that stay clean [0]")
     add("--weights", help=f"{', '.join(WEIGHTS)} or a file [dinov2_vits14; stripes train one]")
-    add("--img-size", type=int, help="side that the ViT gets after that [224; own teacher 32]")
+    add("--img-size", type=int, help="side of what the ViT gets [224; own teacher 32]")
     add("--num-heads", type=int, help="of the weights [width / 64; wider than 1024 16]")
     add("--mean", type=float, nargs=3, default=IMAGENET_MEAN)
     add("--std", type=float, nargs=3, default=IMAGENET_STD)
