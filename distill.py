@@ -125,7 +125,7 @@ class ViT(nn.Module):
         x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]  # [B, N, D]
         prefix = self.cls_token + self.pos_embed[:, :1]
         if self.num_registers:  # they get no position embedding
-            prefix = torch.cat([prefix, self.register_tokens], dim=1)
+            prefix = torch.cat([prefix, self.register_tokens], 1)
         x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)  # [B, T, D]
         first_map = len(self.blocks) - attn_blocks
         maps = []
@@ -174,9 +174,9 @@ DISTORTIONS = {  # option: (function, limit of its severity), in the order of th
 
 def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     """Distorted copies of images [B, 3, H, W] in [0, 1], of the same shape and range, in float32.
-    severities: by name, a number or a range (low, high) to draw from for each image. All are
-    applied, or with one_of a random one to each image; an image is left as it is with probability
-    clean. generator: on the images' device. Raises ValueError for all that is out of range."""
+    severities: by name, a number or a range (low, high) to draw from for each image. All apply, or
+    with one_of a random one to each image; an image stays as it is with probability clean.
+    generator: on the images' device. ValueError for other shapes, types, names and severities."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images are {images.dtype} {list(images.shape)}, not floats [B, 3, H, W]")
     if not 0 <= clean <= 1 or severities.keys() - DISTORTIONS.keys():
@@ -184,7 +184,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     distorted = images = images.float()
     per_image = {"size": (len(images), 1, 1, 1), "generator": generator, "device": images.device}
     kinds = [name for name in DISTORTIONS if name in severities]
-    chosen = torch.randint(max(1, len(kinds)), **per_image)  # each image's kind, if one_of
+    chosen = torch.randint(len(kinds) or 1, **per_image)  # each image's kind, if one_of
     for i, name in enumerate(kinds):
         function, limit = DISTORTIONS[name]
         given = severities[name]
@@ -192,7 +192,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         if not 0 <= low <= high <= limit:
             raise ValueError(f"{name} from {low} to {high} is not within 0 to {limit}")
         severity = low + (high - low) * torch.rand(**per_image)
-        with torch.autocast(images.device.type, enabled=False):  # a caller's would blur in bfloat16
+        with torch.autocast(images.device.type, enabled=False):  # in a caller's, blur is bfloat16
             changed = function(distorted, severity, high, generator)
         if one_of:  # an image's other kinds leave it untouched
             changed = torch.where(chosen == i, changed, distorted)
@@ -200,11 +200,11 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     return torch.where(torch.rand(**per_image) < clean, images, distorted).clamp(0, 1)
 
 # ---- The method ----------------------------------------------------------------------------------
-# Only the paper's abstract and introduction could be read: which layers, directions and weights it
-# uses is not known, and what follows is this repository's choice.
+# Only the paper's abstract and introduction could be read: which layers, KL direction and weights
+# it uses is not known, and what follows is this repository's choice.
 def cosine_distance(student, teacher, dims):
     """1 - mean cosine of vectors [..., D], both centred by the teacher's mean over dims."""
-    mean = teacher.float().mean(dims, keepdim=True)  # shared by all images: it tells none apart
+    mean = teacher.float().mean(dims, keepdim=True)  # of both: one of its own would hide a shift
     cosines = F.cosine_similarity(student - mean, teacher - mean, dim=-1)
     return 1 - cosines.mean()
 
@@ -264,7 +264,7 @@ def resize_pos_embed(pos_embed, side, registers):
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 def find_vit(checkpoint, source):
-    """The tensors of a checkpoint's ViT, or of its teacher, under DINO's names, without prefix,
+    """The tensors of a checkpoint's ViT, or of its EMA teacher, under DINO's names, without prefix,
     heads and mask tokens. Raises ValueError, naming source, unless exactly one ViT is left."""
     for key in ("teacher", "model", "state_dict"):
         checkpoint = checkpoint.get(key, checkpoint)  # go in, if it has the key
@@ -284,8 +284,8 @@ def find_vit(checkpoint, source):
 
 def load_vit(weights, img_size, num_heads=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """The ViT of a name in WEIGHTS or of a checkpoint's path, for images of img_size pixels a side.
-    num_heads: by default width / 64, or 16 if wider than 1024 (ViT-H). Raises ValueError for a file
-    without a ViT of DINO's names, else as torch.load does. Code in a file is not run."""
+    num_heads: by default width / 64, or 16 if wider than 1024. Raises ValueError for a file without
+    DINO's names, KeyError or RuntimeError for a ViT built otherwise. Runs no code in a file."""
     load = torch.hub.load_state_dict_from_url if weights in WEIGHTS else torch.load
     with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold one
         checkpoint = load(WEIGHTS.get(weights, weights), map_location="cpu", weights_only=True)
@@ -360,7 +360,7 @@ def train_teacher(dataset, img_size, num_heads, mean, std, seed, device):
     """A small ViT, trained for one epoch on the labels of the stripes."""
     torch.manual_seed(seed)
     vit = ViT(img_size, 4, embed_dim=64, depth=4, num_heads=num_heads, mean=mean, std=std)
-    vit, head = nn.ModuleList([vit, nn.Linear(64, 10)]).to(device)  # both
+    vit, head = nn.ModuleList([vit, nn.Linear(64, 10)]).to(device)  # moves both
     optimizer = optim.AdamW([*vit.parameters(), *head.parameters()], weight_decay=0.05)
     bar = tqdm(DataLoader(dataset, 16, shuffle=True), "teacher", disable=None)
     for step, (images, labels) in enumerate(bar):
@@ -375,14 +375,14 @@ def train_teacher(dataset, img_size, num_heads, mean, std, seed, device):
     return vit
 
 # ---- The run -------------------------------------------------------------------------------------
-MIXTURE = {"blur": [0, 1.5], "noise": [0, 0.4], "mask": [0, 0.6]}  # blur: at 32 pixels
+MIXTURE = {"blur": [0, 1.5], "noise": [0, 0.4], "mask": [0, 0.6]}  # blur per 32 pixels of side
 PRETRAINED = {"weights": "dinov2_vits14", "img_size": 224, "batch_size": 64, "lr": 3e-5}
-STRIPES = {"img_size": 32, "num_heads": 1, "batch_size": 16, "lr": 3e-3}
+STRIPES = {"img_size": 32, "num_heads": 1, "batch_size": 16, "lr": 3e-3}  # if they train a teacher
 
 def get_args():
     """The options, and the parser for its error()."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", epilog="Without a distortion: "
-        "--blur 0 1.5 (per 32 pixels) --noise 0 0.4 --mask 0 0.6 --one-of --clean 0.2")
+        "--blur 0 1.5 (per 32 pixels of side) --noise 0 0.4 --mask 0 0.6 --one-of --clean 0.2")
     add = parser.add_argument
     add("--data", default="stripes", help="stripes, cifar10 or a folder [stripes]")
     add("--max-images", type=int, help="a random part of each split [all]")
@@ -393,7 +393,7 @@ def get_args():
     add("--clean", type=float, help="share of images that stay clean [0]")
     add("--weights", help=f"{', '.join(WEIGHTS)} or a file [dinov2_vits14; stripes train one]")
     add("--img-size", type=int, help="side of what the ViT gets [224; own teacher 32]")
-    add("--num-heads", type=int, help="of the weights [width / 64; wider than 1024 16]")
+    add("--num-heads", type=int, help="of the weights [width / 64, or 16 if wider than 1024]")
     add("--mean", type=float, nargs=3, default=IMAGENET_MEAN)
     add("--std", type=float, nargs=3, default=IMAGENET_STD)
     add("--loss-weights", type=float, nargs=3, default=[1, 1, 1], help="global patch attn [1 1 1]")
@@ -425,7 +425,7 @@ def get_args():
     kinds = "+".join(args.severities) or "mixture"
     args.out = args.out or f"runs/{Path(args.data).resolve().name}-{kinds}"
     if not args.severities:
-        args.severities = MIXTURE | {"blur": [0, 1.5 * args.data_size / 32]}
+        args.severities = MIXTURE | {"blur": [0, MIXTURE["blur"][1] * args.data_size / 32]}
         args.one_of = True
         args.clean = 0.2 if args.clean is None else args.clean
     args.clean = args.clean or 0.0
@@ -460,7 +460,7 @@ def main():
             parser.error(f"{out} holds a run with other {', '.join(other)}: take another --out")
 
     train_set = load_data(args, "train")
-    if args.batch_size not in range(2 * world, len(train_set) + 1, world):  # evenly, two or more
+    if args.batch_size not in range(2 * world, len(train_set) + 1, world):  # two or more for each
         parser.error(f"--batch-size takes multiples of {world} from {2 * world} to the number of "
                      f"images, {len(train_set)}")
     sampler = DistributedSampler(train_set, world, rank, seed=1000 * args.seed, drop_last=True)
@@ -492,7 +492,7 @@ def main():
     if world > 1:  # also sends the first process's weights, even the frozen ones, to all
         model = nn.parallel.DistributedDataParallel(model)
 
-    if rank == 0:  # making DDP has synchronized: each process has read out by now
+    if rank == 0:  # all have met in DDP's constructor, so none still looks for files in out
         out.mkdir(parents=True, exist_ok=True)  # stays empty until config.json is whole
         Path(f"{out}.part").write_text(json.dumps(config, indent=1))
         os.replace(f"{out}.part", out / "config.json")
@@ -502,7 +502,7 @@ def main():
 
     generator = torch.Generator(device)
     for epoch in range(len(log), args.epochs):
-        sampler.set_epoch(epoch)  # its order follows from seed + epoch
+        sampler.set_epoch(epoch)  # the order follows from its seed + epoch
         totals = {}
         bar = tqdm(loader, f"epoch {epoch + 1}", unit=" images", unit_scale=args.batch_size,
                    leave=False, disable=rank > 0 or None)
