@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """python .github/evidence/picture.py RUN PHOTO...: patches.png, each photo under one kind of
-distortion, and patches-all.png, all under all. python .github/evidence/picture.py TABLE: chart.png,
-the bars of what rivals.py printed for one student (pip install matplotlib)."""
+distortion, in their order, and patches-all.png, all under all (pip install matplotlib)."""
 import argparse
 import json
 import sys
@@ -29,6 +28,7 @@ def row_of(photo, kind):
     patches = [vit(vit.prepare(images)).patches[0] for vit, images in inputs]
     patches = [z - patches[0].mean(0) for z in patches]  # as in the loss, but of one photo
     match = [F.cosine_similarity(z, patches[0], dim=1).mean().item() for z in patches]
+    match = [round(m, 2) + 0.0 for m in match]  # no -0.00
     print(f"| {Path(photo).stem} | {kind} {severity:g} | {match[1]:.2f} → {match[2]:.2f} |")
     axes = torch.linalg.svd(patches[0]).Vh[:3].T  # three main directions of the clean photo
     width = 4 * (patches[0] @ axes).std(0)
@@ -42,7 +42,7 @@ def draw(path, rows):
     figure, axes = plt.subplots(len(rows), 5, figsize=(10, 2.18 * len(rows)), layout="constrained")
     for i, (pictures, texts) in enumerate(rows):
         for j, (ax, picture, text) in enumerate(zip(axes[i], pictures, texts, strict=True)):
-            style = {"color": "#c2500a" if j == 4 else "black", "fontsize": 13}
+            style = {"color": "#c2500a" if j == 4 else "black", "fontsize": 14}
             ax.imshow(picture.numpy(), interpolation="nearest")
             ax.set(xticks=[], yticks=[], frame_on=False)
             ax.set_xlabel(text, **style)

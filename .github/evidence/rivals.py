@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""python .github/evidence/rivals.py STUDENTS...: README's table, for run folders of one teacher
+"""python .github/evidence/rivals.py N STUDENTS...: README's table, for run folders of one teacher
 (the seeds of one student joined by commas). Restoring (pip install scikit-image) knows kind and
 severity, and its best method is chosen on the test photos. Columns: the original ViT, refitted
-with 1,000 labels, refitted with its own guesses for 10,000 photos; students."""
+with 1,000 labels, refitted with its own guesses for N photos; students."""
 import sys
 
 import numpy as np
@@ -35,13 +35,13 @@ TESTS["noise"] = {"noise": 0.4}, {
     **{f"variation {w}": each(denoise_tv_chambolle, weight=w, channel_axis=2) for w in (0.2, 0.4)},
     **{f"means {h}": each(denoise_nl_means, sigma=0.4, h=0.4 * h, patch_size=5, patch_distance=6,
                           channel_axis=2) for h in (0.6, 0.8)}}
-groups = [group.split(",") for group in sys.argv[1:]]
-cfg, (train, train_y), (test, y) = load(groups[0][0], None)
+groups = [group.split(",") for group in sys.argv[2:]]
+cfg, (train, train_y), (test, y) = load(groups[0][0], int(sys.argv[1]))
 vits = [[load_vit(f"{run}/student.pth", cfg) for run in group] for group in groups]
 teacher = load_vit(f"{groups[0][0]}/teacher.pth", cfg)
 clean, draws = embed(teacher, cfg, train, {}, 0), torch.randint(len(y), (10_000, len(y)))
 original, all_labels = fit_probe(clean[:1000], train_y[:1000]), fit_probe(clean, train_y)
-print("10,000 labels:", cell([all_labels(embed(teacher, cfg, test, {}, 1)) == y]))
+print("N labels:", cell([all_labels(embed(teacher, cfg, test, {}, 1)) == y]))
 for name, (cut, methods) in TESTS.items():
     tried = {m: original(embed(teacher, cfg, test, cut, 1, methods[m])) == y for m in methods}
     tried = {m: right.sum().item() for m, right in tried.items()}
