@@ -97,10 +97,10 @@ class ViT(nn.Module):
         proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))  # named as in DINO
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        num_tokens = 1 + (img_size // patch_size) ** 2  # without registers
-        self.pos_embed = nn.Parameter(torch.randn(1, num_tokens, embed_dim) / 50)
+        num_positions = 1 + (img_size // patch_size) ** 2
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_positions, embed_dim))
         if num_registers:
-            self.register_tokens = nn.Parameter(torch.randn(1, num_registers, embed_dim) / 50)
+            self.register_tokens = nn.Parameter(0.02 * torch.randn(1, num_registers, embed_dim))
         block_args = (embed_dim, num_heads, round(embed_dim * mlp_ratio), layer_scale)
         self.blocks = nn.ModuleList(Block(*block_args) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -108,8 +108,8 @@ class ViT(nn.Module):
         self.std = nn.Buffer(torch.tensor(std), persistent=False)
 
     def prepare(self, images):
-        """The input of forward: images [B, 3, h, w] in [0, 1] resized to img_size pixels a side by
-        Pillow's bicubic kernel and normalized, in float32. Raises ValueError for integers."""
+        """Makes forward's input of images [B, 3, h, w] in [0, 1]: resized to img_size pixels a side
+        by Pillow's bicubic kernel and normalized, in float32. Raises ValueError for integers."""
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}, not floats in [0, 1]")
         images = images.float()
@@ -184,7 +184,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
     distorted = images = images.float()
     per_image = {"size": (len(images), 1, 1, 1), "generator": generator, "device": images.device}
     kinds = [name for name in DISTORTIONS if name in severities]
-    chosen = torch.randint(len(kinds) or 1, **per_image)  # each image's kind, if one_of
+    chosen = torch.randint(len(kinds) or 1, **per_image)  # an image's kind, if one_of
     for i, name in enumerate(kinds):
         function, limit = DISTORTIONS[name]
         given = severities[name]
@@ -192,9 +192,9 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
         if not 0 <= low <= high <= limit:
             raise ValueError(f"{name} from {low} to {high} is not within 0 to {limit}")
         severity = low + (high - low) * torch.rand(**per_image)
-        with torch.autocast(images.device.type, enabled=False):  # in a caller's, blur is bfloat16
+        with torch.autocast(images.device.type, enabled=False):  # keeps blur's in float32
             changed = function(distorted, severity, high, generator)
-        if one_of:  # an image's other kinds leave it untouched
+        if one_of:  # each kind changes only images that drew it
             changed = torch.where(chosen == i, changed, distorted)
         distorted = changed
     return torch.where(torch.rand(**per_image) < clean, images, distorted).clamp(0, 1)
@@ -204,7 +204,7 @@ def distort(images, generator=None, one_of=False, clean=0.0, **severities):
 # it uses is not known, and what follows is this repository's choice.
 def cosine_distance(student, teacher, dims):
     """1 - mean cosine of vectors [..., D], both centred by the teacher's mean over dims."""
-    mean = teacher.float().mean(dims, keepdim=True)  # of both: one of its own would hide a shift
+    mean = teacher.float().mean(dims, keepdim=True)  # the student's own would hide a shift
     cosines = F.cosine_similarity(student - mean, teacher - mean, dim=-1)
     return 1 - cosines.mean()
 
@@ -245,7 +245,7 @@ class Distillation(nn.Module):
         loss = sum(w * term for w, term in zip(self.weights, terms.values(), strict=True))
         return loss, terms
 
-# ---- Weights and images --------------------------------------------------------------------------
+# ---- Weights, images, and the stripes with their teacher -----------------------------------------
 WEIGHTS = {  # all under Apache 2.0
     "dinov2_vits14": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
     "dinov2_vitb14": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
@@ -316,8 +316,8 @@ def read_image(path):
         raise OSError(f"cannot read the image {path}: {error}") from error
 
 def load_data(args, split):
-    """The images of args.data, split "train" or "test", as a dataset of (uint8 [3, data_size,
-    data_size], label), shuffled once with a fixed seed; at most max_images of them."""
+    """The images of args.data, split "train" or "test" (a folder's val), as a dataset of (uint8
+    [3, data_size, data_size], label), shuffled once with a fixed seed; at most max_images."""
     size, train = args.data_size, split == "train"
     resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)  # the shorter side
     transform = transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
@@ -375,14 +375,14 @@ def train_teacher(dataset, img_size, num_heads, mean, std, seed, device):
     return vit
 
 # ---- The run -------------------------------------------------------------------------------------
-MIXTURE = {"blur": [0, 1.5], "noise": [0, 0.4], "mask": [0, 0.6]}  # blur per 32 pixels of side
+MIXTURE = {"blur": [0, 1.5], "noise": [0, 0.4], "mask": [0, 0.6]}  # blur: for images of 32 pixels
 PRETRAINED = {"weights": "dinov2_vits14", "img_size": 224, "batch_size": 64, "lr": 3e-5}
-STRIPES = {"img_size": 32, "num_heads": 1, "batch_size": 16, "lr": 3e-3}  # if they train a teacher
+STRIPES = {"img_size": 32, "num_heads": 1, "batch_size": 16, "lr": 3e-3}  # without --weights
 
 def get_args():
     """The options, and the parser for its error()."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", epilog="Without a distortion: "
-        "--blur 0 1.5 (per 32 pixels of side) --noise 0 0.4 --mask 0 0.6 --one-of --clean 0.2")
+        "--blur 0 1.5 (for 32 pixels) --noise 0 0.4 --mask 0 0.6 --one-of --clean 0.2")
     add = parser.add_argument
     add("--data", default="stripes", help="stripes, cifar10 or a folder [stripes]")
     add("--max-images", type=int, help="a random part of each split [all]")
@@ -450,9 +450,9 @@ def main():
     if world > 1:
         distributed.init_process_group("nccl" if cuda else "gloo")
 
-    # A run resumes if its folder's config.json has the same options, except the machine's.
-    machine = ("out", "device", "compile", "workers")
-    config = {name: value for name, value in vars(args).items() if name not in machine}
+    # A run resumes if its folder's config.json has the same options, except for these.
+    ignored = ("out", "device", "compile", "workers")
+    config = {name: value for name, value in vars(args).items() if name not in ignored}
     if out.is_dir() and os.listdir(out):
         old = json.loads((out / "config.json").read_text())
         other = [name for name in config if config[name] != old.get(name)]
@@ -460,7 +460,7 @@ def main():
             parser.error(f"{out} holds a run with other {', '.join(other)}: take another --out")
 
     train_set = load_data(args, "train")
-    if args.batch_size not in range(2 * world, len(train_set) + 1, world):  # two or more for each
+    if args.batch_size not in range(2 * world, len(train_set) + 1, world):  # global needs two each
         parser.error(f"--batch-size takes multiples of {world} from {2 * world} to the number of "
                      f"images, {len(train_set)}")
     sampler = DistributedSampler(train_set, world, rank, seed=1000 * args.seed, drop_last=True)
@@ -492,7 +492,7 @@ def main():
     if world > 1:  # also sends the first process's weights, even the frozen ones, to all
         model = nn.parallel.DistributedDataParallel(model)
 
-    if rank == 0:  # all have met in DDP's constructor, so none still looks for files in out
+    if rank == 0:  # no race: DDP's constructor waited until all had looked into out
         out.mkdir(parents=True, exist_ok=True)  # stays empty until config.json is whole
         Path(f"{out}.part").write_text(json.dumps(config, indent=1))
         os.replace(f"{out}.part", out / "config.json")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import distill
 
-TESTS = [  # the rows below "clean" and "trained"; blur per 32 pixels of side
+TESTS = [  # the rows below "clean" and "trained"; blur: for images of 32 pixels
     ("blur 1.4", {"blur": 1.4}), ("noise 0.15", {"noise": 0.15}), ("noise 0.3", {"noise": 0.3}),
     ("mask 0.5", {"mask": 0.5}), ("salt 0.1", {"salt": 0.1}),
     ("all at once", {"blur": 0.7, "noise": 0.1, "mask": 0.2})]
@@ -57,8 +57,8 @@ def fit_probe(x, y):
 @torch.no_grad()
 def compare(teacher, student, batches, severities, one_of=False, seed=0):
     """Give both ViTs the same distorted copies of a list of (images uint8 [B, 3, S, S], labels).
-    Returns, by "teacher" and "student", embeddings [n, D], and {term: float}, the loss's terms
-    between that ViT at distorted images and the teacher at clean ones."""
+    Returns two dictionaries by "teacher" and "student": embeddings [n, D], and {term: float}, the
+    loss's terms between that ViT at distorted images and the teacher at clean ones."""
     generator = torch.Generator(teacher.mean.device).manual_seed(seed)
     vits = {"teacher": teacher, "student": student}
     embeddings = {"teacher": [], "student": []}
@@ -109,7 +109,7 @@ def main():
     print(f"{run} after epoch {epoch} of {options.epochs}: teacher -> student")
     print(f"{'':20}", *[f"{column:14}" for column in COLUMNS], sep="  ")
     rows = []
-    tests = [("clean", {}), ("trained", options.severities), *TESTS]  # no share left clean
+    tests = [("clean", {}), ("trained", options.severities), *TESTS]  # "trained" without --clean
     for name, severities in tests:
         trained = name == "trained"
         if "blur" in severities and not trained:  # the run's own is in pixels already
