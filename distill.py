@@ -98,9 +98,9 @@ class ViT(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))  # named as in DINO
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         num_positions = 1 + (img_size // patch_size) ** 2
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_positions, embed_dim))
+        self.pos_embed = nn.Parameter(torch.randn(1, num_positions, embed_dim) / 50)
         if num_registers:
-            self.register_tokens = nn.Parameter(0.02 * torch.randn(1, num_registers, embed_dim))
+            self.register_tokens = nn.Parameter(torch.randn(1, num_registers, embed_dim) / 50)
         block_args = (embed_dim, num_heads, round(embed_dim * mlp_ratio), layer_scale)
         self.blocks = nn.ModuleList(Block(*block_args) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
