@@ -34,7 +34,7 @@ def embed(vit, cfg, batches, severities, seed, restore=None, name="cls"):
     return torch.cat(parts)
 
 def cell(right):  # which were right, for each seed
-    means = 100 * torch.stack(right).float().flatten(1).mean(1)
+    means = 100 * torch.stack(list(right)).float().flatten(1).mean(1)
     return f"{means.mean():.1f}" + (f" ± {means.std():.1f}" if len(means) > 1 else "")
 
 if __name__ == "__main__":
